@@ -1,0 +1,131 @@
+"""Configuration fields that every tuner here has: which modules, which layers, what is trained beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Optional, Union
+
+from peft.config import PeftConfig
+
+from ..card import add_usage
+
+
+@dataclass
+class TargetConfig(PeftConfig):
+    """The fields of PEFT's tuners under PEFT's names, validated when the config is made.
+
+    Args:
+        target_modules (`Optional[Union[list[str], str]]`):
+            The names of the modules to adapt. A list matches whole names or their endings, a string is a regular
+            expression, `"all-linear"` (also what `None`, the default, means) takes every linear layer but the output
+            head, on any architecture.
+        exclude_modules (`Optional[Union[list[str], str]]`):
+            The names of the modules not to adapt; a list or a regular expression as above.
+        init_weights (`bool`):
+            `True` (default) starts as the identity: the adapted model equals the base model bit by bit. `False` starts
+            from random values, which only tests want.
+        bias (`str`):
+            Which biases are trained as well: `"none"` (default), `"all"` or `"<method>_only"` (those of the adapted
+            layers).
+        modules_to_save (`Optional[list[str]]`):
+            Modules that are trained and saved whole, such as a new classification head.
+        layers_to_transform (`Optional[Union[list[int], int]]`):
+            Only adapt layers with these indices; needs `target_modules` to be a list.
+        layers_pattern (`Optional[Union[list[str], str]]`):
+            The name of the module list that `layers_to_transform` counts in, if it is not one PEFT knows.
+        trainable_token_indices (`Optional[Union[list[int], dict[str, list[int]]]]`):
+            Ids of tokens whose embeddings are trained as well, as in PEFT's `LoraConfig`.
+
+    Raises:
+        TypeError: If a field has a value of the wrong type.
+        ValueError: If a field has a value it cannot have. Both messages name the field and what it takes.
+    """
+
+    target_modules: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={
+            "help": "Names (list) or regular expression (str) of the modules to adapt, or 'all-linear'. "
+            "None means 'all-linear'."
+        },
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={"help": "Names (list) or regular expression (str) of the modules not to adapt."},
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "True starts as the identity; False starts from random values (for tests)."},
+    )
+    bias: str = field(
+        default="none",
+        metadata={"help": "Biases to train as well: 'none', 'all' or '<method>_only'."},
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None,
+        metadata={"help": "Modules that are trained and saved whole, such as a new classification head."},
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None,
+        metadata={"help": "Indices of the layers to adapt; all if None."},
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={"help": "Name of the module list that `layers_to_transform` counts in."},
+    )
+    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(
+        default=None,
+        metadata={"help": "Ids of tokens whose embeddings are trained as well."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.target_modules = names_or_regex(self.target_modules, "target_modules")
+        self.exclude_modules = names_or_regex(self.exclude_modules, "exclude_modules")
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"`modules_to_save` must be a list of module names, not {self.modules_to_save!r}.")
+        names_or_regex(self.modules_to_save, "modules_to_save")
+        names_or_regex(self.layers_pattern, "layers_pattern")
+        one_of(self.init_weights, "init_weights", (True, False))
+        one_of(self.bias, "bias", ("none", "all", f"{self.peft_type.value.lower()}_only"))
+        integers(self.layers_to_transform, "layers_to_transform")
+        tokens = self.trainable_token_indices
+        for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
+            integers(indices, "trainable_token_indices")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save `adapter_config.json`, and in the README beside it how to install and load the adapter.
+
+        Without `import hyperadapt_peft` PEFT meets an unknown type and can only say `KeyError`.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        add_usage(save_directory, self)
+
+
+def one_of(value: Any, name: str, allowed: Iterable[Any]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`, of the same type (1 is not True)."""
+    allowed = tuple(allowed)
+    if not any(type(value) is type(item) and value == item for item in allowed):
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, not {value!r}.")
+
+
+def names_or_regex(value: Any, name: str) -> Union[set[str], str, None]:
+    """Return names as PEFT wants them, a set; a regular expression or None as it is. Else raise TypeError."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"`{name}` must be a list of names or a str, not {value!r}.")
+    return set(value)
+
+
+def integers(value: Any, name: str) -> None:
+    """Raise TypeError unless `value` is None, an int or a list of int (bool is not an int here)."""
+    items = value if isinstance(value, (list, tuple, set)) else [0 if value is None else value]
+    if not all(type(item) is int for item in items):
+        raise TypeError(f"`{name}` must be an int or a list of int, not {value!r}.")

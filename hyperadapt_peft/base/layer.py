@@ -1,0 +1,159 @@
+"""The tuner layer's life around a base layer that is never changed: disable, merge, unmerge, refuse."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any, Optional
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import nn
+
+
+class TargetLayer(nn.Module, BaseTunerLayer):
+    """A base layer with adapters. Sub-classes say what an adapter adds: `update_layer`, `adapted_forward`,
+    `adapted_weight`.
+
+    Args:
+        base_layer (`nn.Module`): The layer to adapt, possibly quantized, possibly already a tuner layer.
+        **kwargs: What PEFT's `get_quantization_kwargs` found on the model.
+
+    Raises:
+        TypeError: If the layer's sizes are unknown.
+        NotImplementedError: If the layer's weight is sharded by tensor parallelism.
+    """
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._state_before_merge: Any = None
+        self.cast_input_dtype_enabled = True  # read by peft.helpers.disable_input_dtype_casting
+        _refuse_tensor_parallel(self.get_base_layer())
+        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        if in_features is None or out_features is None:
+            raise TypeError(f"Unsupported layer type {type(self.get_base_layer())}")
+        self.in_features, self.out_features = in_features, out_features
+
+    def adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer's output with the active adapters."""
+        raise NotImplementedError
+
+    def adapted_weight(self, weight: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        """Return `weight`, in fp32 or wider, with the adapters applied. `weight` is left as it is."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        return self.adapted_forward(x, *args, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+        """Merge adapters into the base weight, computed in fp32 from the unmerged weight and rounded once.
+
+        The weight from before the first merge is kept on the CPU, so that `unmerge` is exact.
+
+        Args:
+            safe_merge (`bool`, defaults to `False`):
+                Look for non-finite values first and leave the layer as it was if there are any.
+            adapter_names (`Optional[list[str]]`):
+                The adapters to merge; the active ones if `None`.
+
+        Raises:
+            ValueError: With `safe_merge`, if the merged weight would not be finite.
+        """
+        adapter_names = self._adapters_to_merge(adapter_names)
+        if not adapter_names:
+            return
+        if isinstance(self.base_layer, BaseTunerLayer):  # the inner adapter is part of the weight we scale
+            self.base_layer.merge(safe_merge=safe_merge)
+        merged = self._merged_weight(adapter_names, check=safe_merge)
+        if self._state_before_merge is None:
+            self._state_before_merge = self._save_state()
+        if self.quantization_backend is None:
+            self.get_base_layer().weight.data.copy_(merged)
+        else:
+            self.set_base_weight(merged)
+        self.merged_adapters.extend(adapter_names)
+
+    def unmerge(self) -> None:
+        """Put back the base weight from before the first merge, bit by bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        self._restore_state(self._state_before_merge)
+        self._state_before_merge = None
+        self.merged_adapters.clear()
+
+    def check_safe_merge(self, adapter_names: Optional[list[str]] = None) -> None:
+        """Raise the error that `merge(safe_merge=True)` would raise, and change nothing."""
+        if adapter_names := self._adapters_to_merge(adapter_names):
+            self._merged_weight(adapter_names, check=True)
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """Return what one adapter adds to the unmerged base weight, in the weight's shape and dtype."""
+        weight = self._weight_before_merge()
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return (self.adapted_weight(weight, [adapter_name]) - wide).to(weight.dtype)
+
+    def _adapters_to_merge(self, adapter_names: Optional[list[str]]) -> list[str]:
+        available = self._get_available_adapters()
+        return [name for name in check_adapters_to_merge(self, adapter_names) if name in available]
+
+    def _weight_before_merge(self) -> torch.Tensor:
+        if self._state_before_merge is None:
+            return self.get_base_weight()
+        if self.quantization_backend is None:
+            return self._state_before_merge.to(self.get_base_layer().weight.device)
+        base_layer, attributes = self._state_before_merge
+        unmerged = object.__new__(type(base_layer))
+        unmerged.__dict__.update(attributes)
+        return self.quantization_backend.get_base_weight(unmerged)
+
+    def _merged_weight(self, adapter_names: list[str], check: bool) -> torch.Tensor:
+        weight = self._weight_before_merge()
+        merged = self.adapted_weight(weight, [*self.merged_adapters, *adapter_names]).to(weight.dtype)
+        if check and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken"
+            )
+        return merged
+
+    def _save_state(self) -> Any:
+        base_layer = self.get_base_layer()
+        if self.quantization_backend is None:
+            return base_layer.weight.data.to("cpu", copy=True)
+        # Backends replace the weight, or the layer, with new objects: the old ones stay valid and need no copy.
+        attributes = {**base_layer.__dict__, "_parameters": dict(base_layer._parameters)}
+        if "state" in attributes:  # bitsandbytes 8 bit
+            attributes["state"] = copy.copy(attributes["state"])
+        return base_layer, attributes
+
+    def _restore_state(self, state: Any) -> None:
+        if self.quantization_backend is None:
+            self.get_base_layer().weight.data.copy_(state)
+            return
+        base_layer, attributes = state
+        base_layer.__dict__.clear()
+        base_layer.__dict__.update(attributes)
+        self.base_layer = base_layer
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+
+def _refuse_tensor_parallel(base_layer: nn.Module) -> None:
+    mesh = getattr(getattr(base_layer, "weight", None), "device_mesh", None)
+    if mesh is not None and not set(mesh.mesh_dim_names or ()) <= {"fsdp"}:
+        raise NotImplementedError(
+            f"{type(base_layer).__name__} is sharded by tensor parallelism, which hyperadapt_peft does not support: an "
+            "adapter saved from it would hold one shard. Load the base model without a tensor-parallel plan."
+        )

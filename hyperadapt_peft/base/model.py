@@ -1,0 +1,155 @@
+"""What the tuner models share: default targets, refusals before anything changes, all-or-nothing merges."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from typing import Any, Optional
+
+import torch
+from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers, onload_layer
+from peft.utils import get_quantization_kwargs
+from torch import nn
+
+from .layer import TargetLayer
+
+
+# These parents read their children's weights without calling them; an adapter there would be ignored.
+_READING_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+# So do the fused kernels of these architectures with these children.
+_MAMBA_TYPES = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+_MAMBA_CHILDREN = {"conv1d", "out_proj"}
+
+
+class TargetModel(BaseTuner):
+    """A tuner that puts a [`TargetLayer`] around each target module.
+
+    Sub-classes set PEFT's `prefix` and `tuner_layer_cls`, and here `layer_class_for` and `supported_layers`.
+    """
+
+    target_module_mapping: dict[str, Any] = {}  # no table of architectures: None means every linear layer
+    supported_layers: str  # named when another kind of layer is refused
+
+    @staticmethod
+    def layer_class_for(base_layer: nn.Module) -> Optional[type[TargetLayer]]:
+        """Return the tuner layer class for a base layer, or None if its kind is not supported."""
+        raise NotImplementedError
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        if peft_config.target_modules in (None, "all-linear"):
+            peft_config.target_modules = "all-linear"
+            _maybe_include_all_linear_layers(peft_config, self.model)
+            unread = {key for key in peft_config.target_modules if _is_read_uncalled(self.model, key)}
+            if unread:
+                warnings.warn(f"Not adapted, because their parents read their weights uncalled: {sorted(unread)}")
+                peft_config.target_modules -= unread
+        return peft_config
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        # refuse before the first layer is replaced, so that an error leaves the model as it was
+        inside_tuner_layer: tuple[str, ...] = ()
+        for key, module in model.named_modules():
+            if not key or key.startswith(inside_tuner_layer or ("\0",)):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside_tuner_layer += (f"{key}.",)
+            if self._check_target_module_exists(peft_config, key):
+                _layer_class(peft_config, module, model, key)
+
+    def _create_and_replace(
+        self,
+        config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        if current_key is None:
+            raise ValueError("Current Key shouldn't be `None`")
+        # `self` may be a MixedModel, so nothing of our own is looked up on it
+        if isinstance(target, PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].tuner_layer_cls):
+            target.update_layer(adapter_name, config)
+            return
+        layer_cls = _layer_class(config, target, self.model, current_key)
+        new_module = layer_cls(target, adapter_name, config, **get_quantization_kwargs(self.model))
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)  # an additional adapter is not trained before it is set
+        new_module.train(target.training)
+        self._replace_module(parent, target_name, new_module, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # The layer has moved its adapter to the base layer's device already, and unloading restores the base layer
+        # itself: none of the base class's repairs apply, and they break TrainableTokensWrapper.
+        setattr(parent, child_name, new_module)
+
+    def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base weights, as PEFT's `merge_adapter`.
+
+        With `safe_merge` all layers are looked at first: on an error the whole model is as it was.
+
+        Args:
+            adapter_names (`Optional[list[str]]`): The adapters to merge; the active ones if `None`.
+            safe_merge (`bool`, defaults to `False`): Refuse to merge what would not be finite.
+
+        Raises:
+            ValueError: With `safe_merge`, if a merged weight would not be finite.
+        """
+        if safe_merge:
+            self._check_safe_merge(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Optional[list[str]] = None,
+    ) -> nn.Module:
+        if merge and safe_merge:
+            self._check_safe_merge(adapter_names)
+        return super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
+    def _check_safe_merge(self, adapter_names: Optional[list[str]]) -> None:
+        for module in self.model.modules():
+            with onload_layer(module) if isinstance(module, BaseTunerLayer) else nullcontext():
+                if isinstance(module, TargetLayer):
+                    module.check_safe_merge(adapter_names)
+                elif isinstance(module, TrainableTokensLayer):
+                    for name in adapter_names or module.active_adapters:
+                        delta = module.trainable_tokens_delta.get(name)
+                        if delta is not None and not torch.isfinite(delta).all():
+                            raise ValueError(
+                                f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                            )
+
+
+def _layer_class(config: PeftConfig, target: nn.Module, model: nn.Module, key: str) -> type[TargetLayer]:
+    """Return the tuner layer class for a target module, or raise ValueError naming the module and what would do."""
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    if _is_read_uncalled(model, key):
+        raise ValueError(
+            f"Target module {key} is not supported: its parent reads its weight without calling it, so an adapter on "
+            "it would be ignored. Leave it out of `target_modules` or name it in `exclude_modules`."
+        )
+    base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    layer_cls = tuner.layer_class_for(base_layer)
+    if layer_cls is None:
+        raise ValueError(
+            f"Target module {key} is not supported: it is a {type(base_layer).__module__}."
+            f"{type(base_layer).__qualname__}. {config.peft_type.value} adapts {tuner.supported_layers}."
+        )
+    return layer_cls
+
+
+def _is_read_uncalled(model: nn.Module, key: str) -> bool:
+    parent_key, _, child_name = key.rpartition(".")
+    if isinstance(model.get_submodule(parent_key), _READING_PARENTS):
+        return True
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return model_type in _MAMBA_TYPES and child_name in _MAMBA_CHILDREN

@@ -1,0 +1,184 @@
+"""HyperAdapt layers: `W' = A W B`, computed on the activations so that the base layer stays as it is."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from ..base import TargetLayer
+from .config import HyperAdaptConfig
+
+
+class Scale(nn.Module):
+    """One scale per row or per column, stored as its offset from 1 (0 is the identity).
+
+    As an offset, a bf16 copy keeps the update's relative precision, weight decay pulls to the identity, and missing
+    values mean the identity. It is a module so that FSDP, ZeRO and offloading, which act on modules' forwards, see it.
+
+    Args:
+        size (`int`): The number of rows or columns.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight.clone()  # sharded engines free the weight after this call
+
+
+class HyperAdaptLayer(TargetLayer):
+    """A base layer of weight `W` (n x m) whose rows are scaled by `a` (n) and whose columns by `b` (m).
+
+    Several active adapters multiply their scales, in any order. The bias is not scaled.
+    """
+
+    adapter_layer_names = ("hyperadapt_row", "hyperadapt_column")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: HyperAdaptConfig, **kwargs: Any) -> None:
+        super().__init__(base_layer, **kwargs)
+        self.hyperadapt_row = nn.ModuleDict()
+        self.hyperadapt_column = nn.ModuleDict()
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    @property
+    def num_rows(self) -> int:
+        return self.out_features
+
+    @property
+    def num_columns(self) -> int:
+        return self.in_features
+
+    def update_layer(self, adapter_name: str, config: HyperAdaptConfig) -> None:
+        """Add an adapter, at the identity unless `config.init_weights` is False."""
+        if config.sides != "column":
+            self.hyperadapt_row[adapter_name] = Scale(self.num_rows)
+        if config.sides != "row":
+            self.hyperadapt_column[adapter_name] = Scale(self.num_columns)
+        self.reset_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
+        """Set an adapter to the identity, or with `init_weights=False` to random scales around it."""
+        for scales in (self.hyperadapt_row, self.hyperadapt_column):
+            if adapter_name in scales:
+                nn.init.normal_(scales[adapter_name].weight, std=0.0 if init_weights else 0.3)
+
+    def offset(self, scales: nn.ModuleDict, adapter_names: list[str]) -> Optional[torch.Tensor]:
+        """Return the offset from 1 of the product of the adapters' scales, or None where none has any."""
+        total = None
+        for name in adapter_names:
+            if name in scales:
+                offset = scales[name]()
+                total = offset if total is None else total + offset + total * offset
+        return total
+
+    def scale_weight(self, weight: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """Return `weight` with its rows times `row` and its columns times `column`."""
+        return weight * row[:, None] * column
+
+    def adapted_weight(self, weight: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        ones = {"dtype": weight.dtype, "device": weight.device}
+        row, column = torch.ones(self.num_rows, **ones), torch.ones(self.num_columns, **ones)
+        for name in adapter_names:
+            if name in self.hyperadapt_row:
+                row = row * (1 + self.hyperadapt_row[name]().detach().to(row))
+            if name in self.hyperadapt_column:
+                column = column * (1 + self.hyperadapt_column[name]().detach().to(column))
+        return self.scale_weight(weight, row, column)
+
+    def __repr__(self) -> str:
+        return "hyperadapt." + super().__repr__()
+
+
+class Linear(HyperAdaptLayer):
+    """HyperAdapt of `nn.Linear`, transformers' `Conv1D` and every quantized linear layer PEFT knows.
+
+    `x` (..., m) -> (..., n).
+    """
+
+    channel_dims = 0  # how many dimensions follow the channels in the activations
+
+    def adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        column = self.offset(self.hyperadapt_column, self.active_adapters)
+        row = self.offset(self.hyperadapt_row, self.active_adapters)
+        inputs = x if column is None else scale(x, self.along_channels(column, x))
+        result = self.base_layer(inputs, *args, **kwargs)
+        if row is None:
+            return result
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        row = self.along_channels(row, result)
+        scaled = scale(result, row)
+        bias = self.base_bias(result, x, *args, **kwargs)
+        return scaled if bias is None else scaled - bias * row
+
+    def along_channels(self, vector: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return vector.to(like.dtype).reshape(-1, *(1,) * self.channel_dims)
+
+    def base_bias(self, result: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> Optional[torch.Tensor]:
+        """The base layer's bias, shaped to be subtracted from its output."""
+        bias = getattr(self.get_base_layer(), "bias", None)
+        if bias is None:
+            return None
+        if bias.device != result.device or bias.numel() != self.out_features:
+            # offloaded or sharded: outside the base layer's forward the bias is not here, but it is W 0 + bias
+            return self.base_layer(torch.zeros_like(x[:1]), *args, **kwargs).detach()
+        return self.along_channels(bias, result)
+
+    def scale_weight(self, weight: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.get_base_layer(), Conv1D):  # stored as m x n
+            row, column = column, row
+        return super().scale_weight(weight, row, column)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+
+class Conv(Linear):
+    """HyperAdapt of `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`: rows are output channels, columns input channels."""
+
+    @property
+    def channel_dims(self) -> int:  # type: ignore[override]
+        return len(self.get_base_layer().kernel_size)
+
+    def scale_weight(self, weight: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        groups = self.get_base_layer().groups  # the weight is n x (m / groups) x kernel
+        column = column.reshape(groups, -1).repeat_interleave(self.num_rows // groups, dim=0)
+        matrix = super(Linear, self).scale_weight(weight.flatten(2).movedim(2, 0), row, column)
+        return matrix.movedim(0, 2).reshape(weight.shape)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+
+class Embedding(HyperAdaptLayer):
+    """HyperAdapt of `nn.Embedding`: rows are tokens, columns the embedding's dimensions. Ids (...) -> (..., m)."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.in_features
+
+    @property
+    def num_columns(self) -> int:
+        return self.out_features
+
+    def adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        row = self.offset(self.hyperadapt_row, self.active_adapters)
+        if row is not None:
+            result = scale(result, F.embedding(x, row[:, None]).to(result.dtype))
+        column = self.offset(self.hyperadapt_column, self.active_adapters)
+        return result if column is None else scale(result, column.to(result.dtype))
+
+
+def scale(x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Return `x * (1 + offset)` in x's dtype, rounded once: `1 + offset` itself is never rounded."""
+    return torch.addcmul(x, x, offset)

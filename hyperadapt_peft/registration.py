@@ -1,0 +1,143 @@
+"""How a tuner type gets into PEFT, and nothing else.
+
+PEFT keeps its types in a closed `str` enum and its methods in tables. `register_peft_type` adds a real member to the
+enum and then uses PEFT's own `register_peft_method`, and lets `PeftMixedModel` accept the type. Nothing on disk is touched; where
+`PeftMixedModel`'s private tables look different, it is left as it is, with one warning.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from typing import TYPE_CHECKING, Union
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType, register_peft_method
+
+
+if TYPE_CHECKING:
+    from peft.config import PeftConfig
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+
+_lock = threading.RLock()
+
+
+def add_peft_type(name: str) -> PeftType:
+    """Return the `PeftType` member called `name`, adding it to the enum if PEFT does not have it.
+
+    `PeftType` has no extension point, and transformers needs a member with a `.value`; a plain string is not enough.
+
+    Args:
+        name: The type's name, upper case, for instance `"HYPERADAPT"`.
+
+    Raises:
+        RuntimeError: If this Python's `enum` does not take the new member.
+    """
+    with _lock:
+        if name in PeftType.__members__:
+            return PeftType[name]
+        member = str.__new__(PeftType, name)
+        member._name_ = member._value_ = name
+        member.__objclass__ = PeftType
+        member._sort_order_ = len(PeftType.__members__)
+        try:
+            if hasattr(PeftType, "_add_member_"):  # Python >= 3.13
+                PeftType._add_member_(name, member)
+            else:
+                setattr(PeftType, name, member)  # before the maps: afterwards the enum refuses assignment
+                PeftType._member_map_[name] = member
+            if name not in PeftType._member_names_:
+                PeftType._member_names_.append(name)
+            PeftType._value2member_map_[name] = member
+            added = PeftType(name) is PeftType[name] is getattr(PeftType, name) is member and member in list(PeftType)
+        except Exception as exc:
+            raise RuntimeError(f"hyperadapt_peft cannot add {name} to PEFT's PeftType on this Python: {exc}") from exc
+        if not added:
+            raise RuntimeError(f"hyperadapt_peft cannot add {name} to PEFT's PeftType on this Python.")
+        return member
+
+
+def register_peft_type(
+    name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner], layer_cls: type[BaseTunerLayer]
+) -> None:
+    """Make a tuner a PEFT method of its own: `get_peft_model`, `from_pretrained`, transformers' `add_adapter`, ...
+
+    Safe to call again (reloaded modules replace their older selves) and from several threads. If PEFT itself, or
+    another package, already has a method of that name, theirs stays and one warning says so.
+
+    Args:
+        name: The method's name, lower case; the prefix of its parameters is `name + "_"`.
+        config_cls: The method's `PeftConfig`.
+        model_cls: The method's `BaseTuner`.
+        layer_cls: The method's `BaseTunerLayer`, needed by `PeftMixedModel`.
+    """
+    with _lock:
+        peft_type = add_peft_type(name.upper())
+        registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
+        if registered is not None and registered.__module__ != config_cls.__module__:
+            warnings.warn(
+                f"The PEFT method {peft_type.value} is already provided by {registered.__module__}; hyperadapt_peft "
+                "leaves it in place and does not register its own. Uninstall one of the two to choose.",
+                stacklevel=2,
+            )
+            return
+        if registered is None:
+            register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+        else:  # an older copy of our own module
+            PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
+            PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
+        _register_mixed(peft_type, config_cls, layer_cls)
+
+
+def _register_mixed(peft_type: PeftType, config_cls: type[PeftConfig], layer_cls: type[BaseTunerLayer]) -> None:
+    """Let `PeftMixedModel` accept the type, or warn and leave it as it is if its private tables have changed."""
+    try:
+        from peft.tuners import mixed
+        from peft.tuners.mixed import model as mixed_model
+
+        model_cls = mixed_model.MixedModel
+        compatible, prefixes = mixed_model.COMPATIBLE_TUNER_TYPES, mixed_model.PREFIXES
+        configs, layers = mixed_model.Configs, mixed_model.Layers
+        prefix = f"{peft_type.value.lower()}_"
+        # read all, and check all, before the first write
+        _ = mixed.COMPATIBLE_TUNER_TYPES, configs.__args__
+        _ = model_cls._create_and_replace, model_cls._create_new_module
+        new_compatible = (*(t for t in compatible if t != peft_type), peft_type)
+        new_layers = (*layers, layer_cls)
+        new_prefixes = [*(p for p in prefixes if p != prefix), prefix]
+    except (ImportError, AttributeError, TypeError) as exc:
+        warnings.warn(f"PeftMixedModel of this PEFT cannot take {peft_type.value} adapters: {exc}", stacklevel=3)
+        return
+    _dispatch_mixed_by_type(model_cls)
+    mixed_model.COMPATIBLE_TUNER_TYPES = mixed.COMPATIBLE_TUNER_TYPES = new_compatible
+    mixed_model.Configs = Union[configs, config_cls]
+    mixed_model.Layers = new_layers
+    prefixes[:] = new_prefixes
+
+
+def _dispatch_mixed_by_type(model_cls: type[BaseTuner]) -> None:
+    """Send configs of types registered here to their own tuner; `MixedModel` knows PEFT's by isinstance only.
+
+    The class is looked up by `peft_type` at every call, so that a reloaded tuner is found.
+    """
+    if hasattr(model_cls, "_hyperadapt_dispatch"):
+        return
+    create_and_replace, create_new_module = model_cls._create_and_replace, model_cls._create_new_module
+
+    def own_tuner(config: PeftConfig) -> type[BaseTuner] | None:
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+        return tuner if tuner.__module__.partition(".")[0] == __name__.partition(".")[0] else None
+
+    def _create_and_replace(self, config, *args, **kwargs):
+        if (tuner := own_tuner(config)) is not None:
+            return tuner._create_and_replace(self, config, *args, **kwargs)
+        return create_and_replace(self, config, *args, **kwargs)
+
+    def _create_new_module(config, adapter_name, target, **kwargs):
+        if (tuner := own_tuner(config)) is not None:
+            return tuner._create_new_module(config, adapter_name, target, **kwargs)
+        return create_new_module(config, adapter_name, target, **kwargs)
+
+    model_cls._create_and_replace = _create_and_replace
+    model_cls._create_new_module = staticmethod(_create_new_module)
+    model_cls._hyperadapt_dispatch = True
