@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
+from peft.utils import PeftType
 
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def usage(config: PeftConfig) -> str:
     return _USAGE.format(
         begin=_BEGIN,
         end=_END,
-        peft_type=config.peft_type.value,
+        peft_type=PeftType(config.peft_type).value,
         snippet=_AUTO_SNIPPET.format(auto=auto) if auto else _PLAIN_SNIPPET.format(base=base),
         base=base,
         config=type(config).__name__,
@@ -74,13 +75,12 @@ def add_usage(directory: str | Path, config: PeftConfig) -> None:
     Metadata and text that are there already stay. A README is made if there is none.
     """
     path = Path(directory) / "README.md"
-    method = config.peft_type.value.lower()
+    method = PeftType(config.peft_type).value.lower()
     if path.exists():
         card = ModelCard.load(path, ignore_metadata_errors=True)
     else:
-        card = ModelCard(f"---\n{ModelCardData(library_name='peft').to_yaml()}\n---\n\n# {method} adapter\n")
-        if config.base_model_name_or_path:
-            card.data.base_model = config.base_model_name_or_path
+        data = ModelCardData(library_name="peft", base_model=config.base_model_name_or_path or None)
+        card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {method} adapter\n")
     card.data.tags = sorted({*(card.data.tags or []), method})
     text = re.sub(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}\n*", "", card.text, flags=re.DOTALL)
     title = re.search(r"^# .*\n+", text, flags=re.MULTILINE)

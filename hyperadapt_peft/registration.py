@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from typing import TYPE_CHECKING, Union
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Union
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
@@ -36,19 +37,20 @@ def add_peft_type(name: str) -> PeftType:
     with _lock:
         if name in PeftType.__members__:
             return PeftType[name]
-        member = str.__new__(PeftType, name)
+        enum: Any = PeftType
+        member: Any = str.__new__(PeftType, name)
         member._name_ = member._value_ = name
         member.__objclass__ = PeftType
         member._sort_order_ = len(PeftType.__members__)
         try:
-            if hasattr(PeftType, "_add_member_"):  # Python >= 3.13
-                PeftType._add_member_(name, member)
+            if hasattr(enum, "_add_member_"):  # Python >= 3.13
+                enum._add_member_(name, member)
             else:
-                setattr(PeftType, name, member)  # before the maps: afterwards the enum refuses assignment
-                PeftType._member_map_[name] = member
-            if name not in PeftType._member_names_:
-                PeftType._member_names_.append(name)
-            PeftType._value2member_map_[name] = member
+                setattr(enum, name, member)  # before the maps: afterwards the enum refuses assignment
+                enum._member_map_[name] = member
+            if name not in enum._member_names_:
+                enum._member_names_.append(name)
+            enum._value2member_map_[name] = member
             added = PeftType(name) is PeftType[name] is getattr(PeftType, name) is member and member in list(PeftType)
         except Exception as exc:
             raise RuntimeError(f"hyperadapt_peft cannot add {name} to PEFT's PeftType on this Python: {exc}") from exc
@@ -92,9 +94,8 @@ def register_peft_type(
 def _register_mixed(peft_type: PeftType, config_cls: type[PeftConfig], layer_cls: type[BaseTunerLayer]) -> None:
     """Let `PeftMixedModel` accept the type, or warn and leave it as it is if its private tables have changed."""
     try:
-        from peft.tuners import mixed
-        from peft.tuners.mixed import model as mixed_model
-
+        mixed: Any = import_module("peft.tuners.mixed")
+        mixed_model: Any = import_module("peft.tuners.mixed.model")
         model_cls = mixed_model.MixedModel
         compatible, prefixes = mixed_model.COMPATIBLE_TUNER_TYPES, mixed_model.PREFIXES
         configs, layers = mixed_model.Configs, mixed_model.Layers
@@ -115,7 +116,7 @@ def _register_mixed(peft_type: PeftType, config_cls: type[PeftConfig], layer_cls
     prefixes[:] = new_prefixes
 
 
-def _dispatch_mixed_by_type(model_cls: type[BaseTuner]) -> None:
+def _dispatch_mixed_by_type(model_cls: Any) -> None:
     """Send configs of types registered here to their own tuner; `MixedModel` knows PEFT's by isinstance only.
 
     The class is looked up by `peft_type` at every call, so that a reloaded tuner is found.
@@ -124,8 +125,8 @@ def _dispatch_mixed_by_type(model_cls: type[BaseTuner]) -> None:
         return
     create_and_replace, create_new_module = model_cls._create_and_replace, model_cls._create_new_module
 
-    def own_tuner(config: PeftConfig) -> type[BaseTuner] | None:
-        tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    def own_tuner(config: PeftConfig) -> Any:
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
         return tuner if tuner.__module__.partition(".")[0] == __name__.partition(".")[0] else None
 
     def _create_and_replace(self, config, *args, **kwargs):

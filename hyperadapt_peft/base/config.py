@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
 from peft.config import PeftConfig
+from peft.utils import PeftType
 
 from ..card import add_usage
 
@@ -42,14 +43,14 @@ class TargetConfig(PeftConfig):
         ValueError: If a field has a value it cannot have. Both messages name the field and what it takes.
     """
 
-    target_modules: Optional[Union[list[str], str]] = field(
+    target_modules: Optional[Union[list[str], set[str], str]] = field(
         default=None,
         metadata={
             "help": "Names (list) or regular expression (str) of the modules to adapt, or 'all-linear'. "
             "None means 'all-linear'."
         },
     )
-    exclude_modules: Optional[Union[list[str], str]] = field(
+    exclude_modules: Optional[Union[list[str], set[str], str]] = field(
         default=None,
         metadata={"help": "Names (list) or regular expression (str) of the modules not to adapt."},
     )
@@ -87,7 +88,7 @@ class TargetConfig(PeftConfig):
         names_or_regex(self.modules_to_save, "modules_to_save")
         names_or_regex(self.layers_pattern, "layers_pattern")
         one_of(self.init_weights, "init_weights", (True, False))
-        one_of(self.bias, "bias", ("none", "all", f"{self.peft_type.value.lower()}_only"))
+        one_of(self.bias, "bias", ("none", "all", f"{PeftType(self.peft_type).value.lower()}_only"))
         integers(self.layers_to_transform, "layers_to_transform")
         tokens = self.trainable_token_indices
         for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:

@@ -73,13 +73,14 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         adapter_names = self._adapters_to_merge(adapter_names)
         if not adapter_names:
             return
-        if isinstance(self.base_layer, BaseTunerLayer):  # the inner adapter is part of the weight we scale
-            self.base_layer.merge(safe_merge=safe_merge)
+        inner: Any = self.base_layer
+        if isinstance(inner, BaseTunerLayer):  # its adapters are part of the weight adapted here
+            inner.merge(safe_merge=safe_merge)
         merged = self._merged_weight(adapter_names, check=safe_merge)
         if self._state_before_merge is None:
             self._state_before_merge = self._save_state()
         if self.quantization_backend is None:
-            self.get_base_layer().weight.data.copy_(merged)
+            self.weight.data.copy_(merged)
         else:
             self.set_base_weight(merged)
         self.merged_adapters.extend(adapter_names)
@@ -112,7 +113,7 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         if self._state_before_merge is None:
             return self.get_base_weight()
         if self.quantization_backend is None:
-            return self._state_before_merge.to(self.get_base_layer().weight.device)
+            return self._state_before_merge.to(self.weight.device)
         base_layer, attributes = self._state_before_merge
         unmerged = object.__new__(type(base_layer))
         unmerged.__dict__.update(attributes)
@@ -128,9 +129,9 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         return merged
 
     def _save_state(self) -> Any:
-        base_layer = self.get_base_layer()
         if self.quantization_backend is None:
-            return base_layer.weight.data.to("cpu", copy=True)
+            return self.weight.data.to("cpu", copy=True)
+        base_layer = self.get_base_layer()
         # Backends replace the weight, or the layer, with new objects: the old ones stay valid and need no copy.
         attributes = {**base_layer.__dict__, "_parameters": dict(base_layer._parameters)}
         if "state" in attributes:  # bitsandbytes 8 bit
@@ -139,7 +140,7 @@ class TargetLayer(nn.Module, BaseTunerLayer):
 
     def _restore_state(self, state: Any) -> None:
         if self.quantization_backend is None:
-            self.get_base_layer().weight.data.copy_(state)
+            self.weight.data.copy_(state)
             return
         base_layer, attributes = state
         base_layer.__dict__.clear()

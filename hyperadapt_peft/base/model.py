@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import warnings
 from contextlib import nullcontext
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 import torch
-from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers, onload_layer
 from peft.utils import get_quantization_kwargs
 from torch import nn
 
+from .config import TargetConfig
 from .layer import TargetLayer
 
 
@@ -30,25 +30,25 @@ class TargetModel(BaseTuner):
     Sub-classes set PEFT's `prefix` and `tuner_layer_cls`, and here `layer_class_for` and `supported_layers`.
     """
 
-    target_module_mapping: dict[str, Any] = {}  # no table of architectures: None means every linear layer
-    supported_layers: str  # named when another kind of layer is refused
+    target_module_mapping: dict[str, Any] = {}  # noqa: RUF012  (None means every linear layer)
+    supported_layers: ClassVar[str]  # named when another kind of layer is refused
 
     @staticmethod
     def layer_class_for(base_layer: nn.Module) -> Optional[type[TargetLayer]]:
         """Return the tuner layer class for a base layer, or None if its kind is not supported."""
         raise NotImplementedError
 
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+    def _prepare_adapter_config(self, peft_config: TargetConfig, model_config: dict) -> TargetConfig:  # type: ignore[override]
         if peft_config.target_modules in (None, "all-linear"):
             peft_config.target_modules = "all-linear"
             _maybe_include_all_linear_layers(peft_config, self.model)
-            unread = {key for key in peft_config.target_modules if _is_read_uncalled(self.model, key)}
-            if unread:
-                warnings.warn(f"Not adapted, because their parents read their weights uncalled: {sorted(unread)}")
-                peft_config.target_modules -= unread
+            names = set(peft_config.target_modules)
+            if uncalled := {name for name in names if _is_read_uncalled(self.model, _parent(self.model, name), name)}:
+                warnings.warn(f"Not adapted, because their parents read their weights uncalled: {sorted(uncalled)}")
+            peft_config.target_modules = names - uncalled
         return peft_config
 
-    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: TargetConfig, model: nn.Module) -> None:  # type: ignore[override]
         # refuse before the first layer is replaced, so that an error leaves the model as it was
         inside_tuner_layer: tuple[str, ...] = ()
         for key, module in model.named_modules():
@@ -57,11 +57,11 @@ class TargetModel(BaseTuner):
             if isinstance(module, BaseTunerLayer):
                 inside_tuner_layer += (f"{key}.",)
             if self._check_target_module_exists(peft_config, key):
-                _layer_class(peft_config, module, model, key)
+                _layer_class(peft_config, module, model, _parent(model, key), key)
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]  # no `parameter_name`: modules are targeted, not parameters
         self,
-        config: PeftConfig,
+        config: TargetConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -71,10 +71,10 @@ class TargetModel(BaseTuner):
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
         # `self` may be a MixedModel, so nothing of our own is looked up on it
-        if isinstance(target, PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].tuner_layer_cls):
-            target.update_layer(adapter_name, config)
+        if isinstance(target, _tuner(config).tuner_layer_cls):
+            target.update_layer(adapter_name, config)  # type: ignore[operator]
             return
-        layer_cls = _layer_class(config, target, self.model, current_key)
+        layer_cls: Any = _layer_class(config, target, self.model, parent, current_key)
         new_module = layer_cls(target, adapter_name, config, **get_quantization_kwargs(self.model))
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # an additional adapter is not trained before it is set
@@ -108,7 +108,7 @@ class TargetModel(BaseTuner):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: Optional[list[str]] = None,
-    ) -> nn.Module:
+    ) -> None:  # PEFT's annotation; it returns the model
         if merge and safe_merge:
             self._check_safe_merge(adapter_names)
         return super()._unload_and_optionally_merge(
@@ -129,27 +129,34 @@ class TargetModel(BaseTuner):
                             )
 
 
-def _layer_class(config: PeftConfig, target: nn.Module, model: nn.Module, key: str) -> type[TargetLayer]:
+def _layer_class(
+    config: TargetConfig, target: nn.Module, model: nn.Module, parent: nn.Module, key: str
+) -> type[TargetLayer]:
     """Return the tuner layer class for a target module, or raise ValueError naming the module and what would do."""
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
-    if _is_read_uncalled(model, key):
+    if _is_read_uncalled(model, parent, key):
         raise ValueError(
             f"Target module {key} is not supported: its parent reads its weight without calling it, so an adapter on "
             "it would be ignored. Leave it out of `target_modules` or name it in `exclude_modules`."
         )
     base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    layer_cls = tuner.layer_class_for(base_layer)
+    layer_cls = _tuner(config).layer_class_for(base_layer)
     if layer_cls is None:
         raise ValueError(
             f"Target module {key} is not supported: it is a {type(base_layer).__module__}."
-            f"{type(base_layer).__qualname__}. {config.peft_type.value} adapts {tuner.supported_layers}."
+            f"{type(base_layer).__qualname__}. {type(config).__name__} adapts {_tuner(config).supported_layers}."
         )
     return layer_cls
 
 
-def _is_read_uncalled(model: nn.Module, key: str) -> bool:
-    parent_key, _, child_name = key.rpartition(".")
-    if isinstance(model.get_submodule(parent_key), _READING_PARENTS):
-        return True
+def _tuner(config: TargetConfig) -> type[TargetModel]:
+    return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]  # type: ignore[index, return-value]
+
+
+def _is_read_uncalled(model: nn.Module, parent: nn.Module, key: str) -> bool:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return model_type in _MAMBA_TYPES and child_name in _MAMBA_CHILDREN
+    in_mamba_kernel = model_type in _MAMBA_TYPES and key.rpartition(".")[2] in _MAMBA_CHILDREN
+    return in_mamba_kernel or isinstance(parent, _READING_PARENTS)
+
+
+def _parent(model: nn.Module, key: str) -> nn.Module:
+    return model.get_submodule(key.rpartition(".")[0])

@@ -68,7 +68,7 @@ class HyperAdaptLayer(TargetLayer):
         """Set an adapter to the identity, or with `init_weights=False` to random scales around it."""
         for scales in (self.hyperadapt_row, self.hyperadapt_column):
             if adapter_name in scales:
-                nn.init.normal_(scales[adapter_name].weight, std=0.0 if init_weights else 0.3)
+                nn.init.normal_(scales[adapter_name].get_parameter("weight"), std=0.0 if init_weights else 0.3)
 
     def offset(self, scales: nn.ModuleDict, adapter_names: list[str]) -> Optional[torch.Tensor]:
         """Return the offset from 1 of the product of the adapters' scales, or None where none has any."""
@@ -85,8 +85,7 @@ class HyperAdaptLayer(TargetLayer):
 
     def adapted_weight(self, weight: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        ones = {"dtype": weight.dtype, "device": weight.device}
-        row, column = torch.ones(self.num_rows, **ones), torch.ones(self.num_columns, **ones)
+        row, column = weight.new_ones(self.num_rows), weight.new_ones(self.num_columns)
         for name in adapter_names:
             if name in self.hyperadapt_row:
                 row = row * (1 + self.hyperadapt_row[name]().detach().to(row))
@@ -147,10 +146,12 @@ class Conv(Linear):
 
     @property
     def channel_dims(self) -> int:  # type: ignore[override]
-        return len(self.get_base_layer().kernel_size)
+        conv: Any = self.get_base_layer()
+        return len(conv.kernel_size)
 
     def scale_weight(self, weight: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-        groups = self.get_base_layer().groups  # the weight is n x (m / groups) x kernel
+        conv: Any = self.get_base_layer()
+        groups = conv.groups  # the weight is n x (m / groups) x kernel
         column = column.reshape(groups, -1).repeat_interleave(self.num_rows // groups, dim=0)
         matrix = super(Linear, self).scale_weight(weight.flatten(2).movedim(2, 0), row, column)
         return matrix.movedim(0, 2).reshape(weight.shape)

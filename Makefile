@@ -1,0 +1,36 @@
+# Two commands for a fresh machine: `make quickstart` and `make test`. Each sets up all it needs, in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Small shared machines: without these, training spends most of its time in spinning threads and returning memory.
+export OMP_WAIT_POLICY := PASSIVE
+export MALLOC_MMAP_THRESHOLD_ := 2000000000
+export MALLOC_TRIM_THRESHOLD_ := 8000000000
+export MALLOC_TOP_PAD_ := 268435456
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: quickstart test lint conformance clean
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+quickstart: $(VENV)/.ready  ## fine-tune, save, reload and evaluate an adapter on a real model and real data
+	$(BIN)/python -m hyperadapt_peft train configs/quickstart.yaml
+
+test: $(VENV)/.ready lint  ## every test, with a quick part of PEFT's own test-suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+conformance: $(VENV)/.ready  ## all of PEFT's own test-suite that applies, beside LoRA and IA3
+	$(BIN)/python -m tests.conformance --method hyperadapt --method lora --method ia3 -n 2
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,44 @@
+"""The command line: `hyperadapt train recipe.yaml`, or `python -m hyperadapt_peft train recipe.yaml`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (2 for a mistake in the recipe, told in one line)."""
+    parser = argparse.ArgumentParser(prog="hyperadapt", description="Fine-tune with HyperAdapt and every PEFT method.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("train", help="train, save, reload and evaluate what a YAML recipe describes")
+    command.add_argument("recipe", help="a YAML file with the sections task, model, data, tuner and training")
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="change the recipe, for instance training.learning_rate=1e-3 or tuner='{peft_type: LORA, r: 8}'",
+    )
+    again = command.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output directory")
+    again.add_argument("--overwrite", action="store_true", help="remove the earlier run in the output directory first")
+    command.set_defaults(run=_train)
+
+    args = parser.parse_args(argv)
+    return args.run(args)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from .training.errors import RecipeError
+    from .training.recipe import load
+    from .training.train import summary, train
+
+    try:
+        print(summary(train(load(args.recipe, args.overrides), args.resume, args.overwrite)))
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
