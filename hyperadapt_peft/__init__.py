@@ -1,7 +1,8 @@
-"""HyperAdapt and SURM for PEFT. Importing this package registers its methods with PEFT."""
+"""HyperAdapt and SURM for PEFT. Importing this package registers both methods with PEFT."""
 
 from .hyperadapt import HyperAdaptConfig, HyperAdaptModel
+from .surm import SurmConfig, SurmModel
 from .version import __version__
 
 
-__all__ = ["HyperAdaptConfig", "HyperAdaptModel", "__version__"]
+__all__ = ["HyperAdaptConfig", "HyperAdaptModel", "SurmConfig", "SurmModel", "__version__"]

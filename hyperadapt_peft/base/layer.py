@@ -14,7 +14,7 @@ from torch import nn
 
 class TargetLayer(nn.Module, BaseTunerLayer):
     """A base layer with adapters. Sub-classes say what an adapter adds: `update_layer`, `adapted_forward`,
-    `adapted_weight`.
+    `mixed_batch_forward`, `adapted_weight`.
 
     Args:
         base_layer (`nn.Module`): The layer to adapt, possibly quantized, possibly already a tuner layer.
@@ -45,16 +45,38 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         """The base layer's output with the active adapters."""
         raise NotImplementedError
 
+    def mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        """The base layer's output with one adapter, or none, per sample; the base layer is called once."""
+        raise NotImplementedError
+
     def adapted_weight(self, weight: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         """Return `weight`, in fp32 or wider, with the adapters applied. `weight` is left as it is."""
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None:
+            self._check_adapter_names(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self.mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         return self.adapted_forward(x, *args, **kwargs)
+
+    def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """Merge adapters into the base weight, computed in fp32 from the unmerged weight and rounded once.
@@ -68,7 +90,7 @@ class TargetLayer(nn.Module, BaseTunerLayer):
                 The adapters to merge; the active ones if `None`.
 
         Raises:
-            ValueError: With `safe_merge`, if the merged weight would not be finite.
+            ValueError: If an adapter cannot be merged, or with `safe_merge` if the merged weight would not be finite.
         """
         adapter_names = self._adapters_to_merge(adapter_names)
         if not adapter_names:
@@ -94,20 +116,28 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         self._state_before_merge = None
         self.merged_adapters.clear()
 
-    def check_safe_merge(self, adapter_names: Optional[list[str]] = None) -> None:
-        """Raise the error that `merge(safe_merge=True)` would raise, and change nothing."""
-        if adapter_names := self._adapters_to_merge(adapter_names):
+    def check_merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+        """Raise the error that `merge` with these arguments would raise, and change nothing."""
+        adapter_names = self._adapters_to_merge(adapter_names)
+        if adapter_names and safe_merge:
             self._merged_weight(adapter_names, check=True)
+
+    def check_mergeable(self, adapter_name: str) -> None:
+        """Raise ValueError if the adapter is of a kind that no weight can hold."""
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """Return what one adapter adds to the unmerged base weight, in the weight's shape and dtype."""
+        self.check_mergeable(adapter_name)
         weight = self._weight_before_merge()
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         return (self.adapted_weight(weight, [adapter_name]) - wide).to(weight.dtype)
 
     def _adapters_to_merge(self, adapter_names: Optional[list[str]]) -> list[str]:
         available = self._get_available_adapters()
-        return [name for name in check_adapters_to_merge(self, adapter_names) if name in available]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in available]
+        for name in names:
+            self.check_mergeable(name)
+        return names
 
     def _weight_before_merge(self) -> torch.Tensor:
         if self._state_before_merge is None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, ClassVar, Optional
 
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 
 from .config import TargetConfig
 from .layer import TargetLayer
+from .mixed_batch import adapter_names_hooks
 
 
 # These parents read their children's weights without calling them; an adapter there would be ignored.
@@ -38,11 +41,19 @@ class TargetModel(BaseTuner):
         """Return the tuner layer class for a base layer, or None if its kind is not supported."""
         raise NotImplementedError
 
+    def default_targets(self, config: TargetConfig) -> set[str]:
+        """Return the full names of the modules that `target_modules=None` means."""
+        return self.all_linear(config)
+
+    def all_linear(self, config: TargetConfig) -> set[str]:
+        """Return the full names of all linear layers but the output head, as PEFT finds them."""
+        found: Any = SimpleNamespace(target_modules="all-linear", task_type=config.task_type)
+        _maybe_include_all_linear_layers(found, self.model)
+        return set(found.target_modules)
+
     def _prepare_adapter_config(self, peft_config: TargetConfig, model_config: dict) -> TargetConfig:  # type: ignore[override]
-        if peft_config.target_modules in (None, "all-linear"):
-            peft_config.target_modules = "all-linear"
-            _maybe_include_all_linear_layers(peft_config, self.model)
-            names = set(peft_config.target_modules)
+        if peft_config.target_modules is None or peft_config.target_modules == "all-linear":
+            names = (self.all_linear if peft_config.target_modules else self.default_targets)(peft_config)
             if uncalled := {name for name in names if _is_read_uncalled(self.model, _parent(self.model, name), name)}:
                 warnings.warn(f"Not adapted, because their parents read their weights uncalled: {sorted(uncalled)}")
             peft_config.target_modules = names - uncalled
@@ -86,20 +97,23 @@ class TargetModel(BaseTuner):
         # itself: none of the base class's repairs apply, and they break TrainableTokensWrapper.
         setattr(parent, child_name, new_module)
 
-    def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the base weights, as PEFT's `merge_adapter`.
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.pop("adapter_names", None)
+        with adapter_names_hooks(self.model, names, self.tuner_layer_cls, kwargs):
+            yield
 
-        With `safe_merge` all layers are looked at first: on an error the whole model is as it was.
+    def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base weights, as PEFT's `merge_adapter`, in all layers or, on an error, in none.
 
         Args:
             adapter_names (`Optional[list[str]]`): The adapters to merge; the active ones if `None`.
             safe_merge (`bool`, defaults to `False`): Refuse to merge what would not be finite.
 
         Raises:
-            ValueError: With `safe_merge`, if a merged weight would not be finite.
+            ValueError: If an adapter cannot be merged, or with `safe_merge` if a merged weight would not be finite.
         """
-        if safe_merge:
-            self._check_safe_merge(adapter_names)
+        self._check_merge(safe_merge, adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -109,24 +123,22 @@ class TargetModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: Optional[list[str]] = None,
     ) -> None:  # PEFT's annotation; it returns the model
-        if merge and safe_merge:
-            self._check_safe_merge(adapter_names)
+        if merge:
+            self._check_merge(safe_merge, adapter_names)
         return super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
 
-    def _check_safe_merge(self, adapter_names: Optional[list[str]]) -> None:
+    def _check_merge(self, safe_merge: bool, adapter_names: Optional[list[str]]) -> None:
         for module in self.model.modules():
-            with onload_layer(module) if isinstance(module, BaseTunerLayer) else nullcontext():
-                if isinstance(module, TargetLayer):
-                    module.check_safe_merge(adapter_names)
-                elif isinstance(module, TrainableTokensLayer):
-                    for name in adapter_names or module.active_adapters:
-                        delta = module.trainable_tokens_delta.get(name)
-                        if delta is not None and not torch.isfinite(delta).all():
-                            raise ValueError(
-                                f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
-                            )
+            if isinstance(module, TargetLayer):
+                with onload_layer(module):
+                    module.check_merge(safe_merge, adapter_names)
+            elif safe_merge and isinstance(module, TrainableTokensLayer):
+                for name in adapter_names or module.active_adapters:
+                    delta = module.trainable_tokens_delta.get(name)
+                    if delta is not None and not torch.isfinite(delta).all():
+                        raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
 
 def _layer_class(

@@ -70,14 +70,24 @@ class HyperAdaptLayer(TargetLayer):
             if adapter_name in scales:
                 nn.init.normal_(scales[adapter_name].get_parameter("weight"), std=0.0 if init_weights else 0.3)
 
-    def offset(self, scales: nn.ModuleDict, adapter_names: list[str]) -> Optional[torch.Tensor]:
-        """Return the offset from 1 of the product of the adapters' scales, or None where none has any."""
+    def active_offset(self, scales: nn.ModuleDict) -> Optional[torch.Tensor]:
+        """Return the offset from 1 of the product of the active adapters' scales, (size,), or None without any."""
         total = None
-        for name in adapter_names:
+        for name in self.active_adapters:
             if name in scales:
                 offset = scales[name]()
                 total = offset if total is None else total + offset + total * offset
         return total
+
+    def batch_offset(self, scales: nn.ModuleDict, adapter_names: list[str]) -> Optional[torch.Tensor]:
+        """Return each sample's offset from 1, (batch, size), or None if no sample has any."""
+        names = [name for name in dict.fromkeys(adapter_names) if name in scales]
+        if not names:
+            return None
+        table = torch.stack([scales[name]() for name in names])
+        table = torch.cat([torch.zeros_like(table[:1]), table])  # row 0: no adapter
+        rows = {name: i for i, name in enumerate(names, start=1)}
+        return table[torch.tensor([rows.get(name, 0) for name in adapter_names], device=table.device)]
 
     def scale_weight(self, weight: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Return `weight` with its rows times `row` and its columns times `column`."""
@@ -106,8 +116,19 @@ class Linear(HyperAdaptLayer):
     channel_dims = 0  # how many dimensions follow the channels in the activations
 
     def adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        column = self.offset(self.hyperadapt_column, self.active_adapters)
-        row = self.offset(self.hyperadapt_row, self.active_adapters)
+        column, row = self.active_offset(self.hyperadapt_column), self.active_offset(self.hyperadapt_row)
+        return self.scaled_forward(column, row, x, *args, **kwargs)
+
+    def mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        column = self.batch_offset(self.hyperadapt_column, adapter_names)
+        row = self.batch_offset(self.hyperadapt_row, adapter_names)
+        return self.scaled_forward(column, row, x, *args, **kwargs)
+
+    def scaled_forward(
+        self, column: Optional[torch.Tensor], row: Optional[torch.Tensor], x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         inputs = x if column is None else scale(x, self.along_channels(column, x))
         result = self.base_layer(inputs, *args, **kwargs)
         if row is None:
@@ -120,7 +141,12 @@ class Linear(HyperAdaptLayer):
         return scaled if bias is None else scaled - bias * row
 
     def along_channels(self, vector: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        return vector.to(like.dtype).reshape(-1, *(1,) * self.channel_dims)
+        """Shape (size,) or (batch, size) so that it multiplies the channels of `like`, in its dtype."""
+        vector = vector.to(like.dtype)
+        vector = vector.reshape(*vector.shape, *(1,) * self.channel_dims)
+        if vector.dim() == self.channel_dims + 1:
+            return vector
+        return vector.reshape(len(vector), *(1,) * (like.dim() - vector.dim()), *vector.shape[1:])
 
     def base_bias(self, result: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> Optional[torch.Tensor]:
         """The base layer's bias, shaped to be subtracted from its output."""
@@ -173,11 +199,24 @@ class Embedding(HyperAdaptLayer):
 
     def adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         result = self.base_layer(x, *args, **kwargs)
-        row = self.offset(self.hyperadapt_row, self.active_adapters)
+        row, column = self.active_offset(self.hyperadapt_row), self.active_offset(self.hyperadapt_column)
         if row is not None:
             result = scale(result, F.embedding(x, row[:, None]).to(result.dtype))
-        column = self.offset(self.hyperadapt_column, self.active_adapters)
         return result if column is None else scale(result, column.to(result.dtype))
+
+    def mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        row = self.batch_offset(self.hyperadapt_row, adapter_names)
+        if row is not None:
+            tokens = row.gather(1, x.flatten(1)).reshape(*x.shape, 1)
+            result = scale(result, tokens.to(result.dtype))
+        column = self.batch_offset(self.hyperadapt_column, adapter_names)
+        if column is not None:
+            column = column.reshape(len(x), *(1,) * (result.dim() - 2), -1)
+            result = scale(result, column.to(result.dtype))
+        return result
 
 
 def scale(x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
