@@ -5,13 +5,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar, Optional
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers, onload_layer
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+    onload_layer,
+)
 from peft.utils import get_quantization_kwargs
 from torch import nn
 
@@ -56,7 +63,10 @@ class TargetModel(BaseTuner):
             names = (self.all_linear if peft_config.target_modules else self.default_targets)(peft_config)
             if uncalled := {name for name in names if _is_read_uncalled(self.model, _parent(self.model, name), name)}:
                 warnings.warn(f"Not adapted, because their parents read their weights uncalled: {sorted(uncalled)}")
-            peft_config.target_modules = names - uncalled
+            names -= uncalled
+            if peft_config.layers_to_transform is not None:  # PEFT counts layers for endings only, not for full names
+                names = {name for name in names if _ending_matches(peft_config, name)}
+            peft_config.target_modules = names
         return peft_config
 
     def _prepare_model(self, peft_config: TargetConfig, model: nn.Module) -> None:  # type: ignore[override]
@@ -168,6 +178,11 @@ def _is_read_uncalled(model: nn.Module, parent: nn.Module, key: str) -> bool:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     in_mamba_kernel = model_type in _MAMBA_TYPES and key.rpartition(".")[2] in _MAMBA_CHILDREN
     return in_mamba_kernel or isinstance(parent, _READING_PARENTS)
+
+
+def _ending_matches(config: TargetConfig, name: str) -> bool:
+    ending = replace(config, target_modules=[name.rpartition(".")[2]])
+    return bool(check_target_module_exists(ending, name))
 
 
 def _parent(model: nn.Module, key: str) -> nn.Module:

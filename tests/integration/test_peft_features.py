@@ -132,6 +132,7 @@ def test_targeting_options(llama):
     assert targeted(target_modules=["q_proj"], layers_to_transform=0) == {layer.format(0)}
     assert targeted(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers") == {layer.format(1)}
     assert targeted(target_modules=r".*\.1\..*q_proj") == {layer.format(1)}
+    assert len(targeted(layers_to_transform=[1])) == 7  # counted though the names are the default's
     assert targeted(target_modules="all-linear", exclude_modules=["mlp"]) == targeted()
     assert not any("gate" in key for key in targeted(exclude_modules=["gate_proj"]))
     assert targeted(target_modules=["embed_tokens"]) == {"model.embed_tokens"}
