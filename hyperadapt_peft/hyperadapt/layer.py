@@ -38,11 +38,13 @@ class HyperAdaptLayer(TargetLayer):
     """
 
     adapter_layer_names = ("hyperadapt_row", "hyperadapt_column")
+    other_param_names = ("hyperadapt_strength",)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: HyperAdaptConfig, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
         self.hyperadapt_row = nn.ModuleDict()
         self.hyperadapt_column = nn.ModuleDict()
+        self.hyperadapt_strength: dict[str, float] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -56,6 +58,7 @@ class HyperAdaptLayer(TargetLayer):
 
     def update_layer(self, adapter_name: str, config: HyperAdaptConfig) -> None:
         """Add an adapter, at the identity unless `config.init_weights` is False."""
+        self.hyperadapt_strength[adapter_name] = 1.0
         if config.sides != "column":
             self.hyperadapt_row[adapter_name] = Scale(self.num_rows)
         if config.sides != "row":
@@ -70,12 +73,43 @@ class HyperAdaptLayer(TargetLayer):
             if adapter_name in scales:
                 nn.init.normal_(scales[adapter_name].get_parameter("weight"), std=0.0 if init_weights else 0.3)
 
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Set an adapter's strength s: its scales `1 + d` count as `1 + s d`."""
+        if adapter_name in self.hyperadapt_strength:
+            self.hyperadapt_strength[adapter_name] = scale
+
+    def get_offsets(self, adapter_name: str) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
+        """Return an adapter's offsets from 1 of rows (n,) and columns (m,), detached; None where it has none."""
+        pair = (self.hyperadapt_row, self.hyperadapt_column)
+        row, column = (scales[adapter_name]().detach() if adapter_name in scales else None for scales in pair)
+        return row, column
+
+    def add_offsets(
+        self,
+        adapter_name: str,
+        config: HyperAdaptConfig,
+        row: Optional[torch.Tensor],
+        column: Optional[torch.Tensor],
+    ) -> None:
+        """Add an adapter with given offsets; it is not trained and not active."""
+        self.update_layer(adapter_name, config)
+        for scales, offset in ((self.hyperadapt_row, row), (self.hyperadapt_column, column)):
+            if adapter_name in scales:
+                weight = scales[adapter_name].get_parameter("weight")
+                weight.data = torch.zeros_like(weight) if offset is None else offset.to(weight.device)
+                weight.requires_grad_(False)
+
+    def offset(self, scales: nn.ModuleDict, adapter_name: str) -> torch.Tensor:
+        """Return one adapter's offset from 1 at its strength, (size,)."""
+        strength = self.hyperadapt_strength[adapter_name]
+        return scales[adapter_name]() if strength == 1 else strength * scales[adapter_name]()
+
     def active_offset(self, scales: nn.ModuleDict) -> Optional[torch.Tensor]:
         """Return the offset from 1 of the product of the active adapters' scales, (size,), or None without any."""
         total = None
         for name in self.active_adapters:
             if name in scales:
-                offset = scales[name]()
+                offset = self.offset(scales, name)
                 total = offset if total is None else total + offset + total * offset
         return total
 
@@ -84,7 +118,7 @@ class HyperAdaptLayer(TargetLayer):
         names = [name for name in dict.fromkeys(adapter_names) if name in scales]
         if not names:
             return None
-        table = torch.stack([scales[name]() for name in names])
+        table = torch.stack([self.offset(scales, name) for name in names])
         table = torch.cat([torch.zeros_like(table[:1]), table])  # row 0: no adapter
         rows = {name: i for i, name in enumerate(names, start=1)}
         return table[torch.tensor([rows.get(name, 0) for name in adapter_names], device=table.device)]
@@ -98,9 +132,9 @@ class HyperAdaptLayer(TargetLayer):
         row, column = weight.new_ones(self.num_rows), weight.new_ones(self.num_columns)
         for name in adapter_names:
             if name in self.hyperadapt_row:
-                row = row * (1 + self.hyperadapt_row[name]().detach().to(row))
+                row = row * (1 + self.offset(self.hyperadapt_row, name).detach().to(row))
             if name in self.hyperadapt_column:
-                column = column * (1 + self.hyperadapt_column[name]().detach().to(column))
+                column = column * (1 + self.offset(self.hyperadapt_column, name).detach().to(column))
         return self.scale_weight(weight, row, column)
 
     def __repr__(self) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Optional, cast
 
 from peft.utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..base import TargetModel
+from . import algebra
+from .config import HyperAdaptConfig
 from .layer import Conv, Embedding, HyperAdaptLayer, Linear
 
 
@@ -55,3 +59,102 @@ class HyperAdaptModel(TargetModel):
             return Conv
         backend = resolve_quantization_backend(base_layer, get_apply_tensor_subclass=lambda: None)
         return Linear if backend is not None and backend.layer_type == "linear" else None
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Make a new, inactive adapter from existing ones; named as PEFT's LoRA names it.
+
+        The combination is computed in a canonical gauge, so it depends on the adapters' updates and not on how they
+        are split between rows and columns. The weights (1, 0) give the first adapter, and equal adapters whose weights
+        sum to 1 give themselves, for the first two types.
+
+        Args:
+            adapters (`list[str]`): The adapters to combine.
+            weights (`list[float]`): One weight for each, of any sign.
+            adapter_name (`str`): The name of the new adapter.
+            combination_type (`str`, defaults to `"linear"`):
+                Of the scales `1 + d_k`: `"linear"` gives `1 + sum w_k d_k`; `"log"` gives `prod (1 + d_k) ** w_k`, for
+                which all scales must be positive; `"product"` gives `prod (1 + w_k d_k)`, which is the adapters
+                active together at the strengths w_k.
+
+        Raises:
+            ValueError: If an adapter is unknown, has more than scales (`modules_to_save`, `trainable_token_indices`,
+                `bias`), the new name is taken, or the scales do not allow the type. Nothing has changed then.
+        """
+        if len(adapters) != len(weights) or not adapters:
+            raise ValueError(f"There must be one weight per adapter, got {len(adapters)} and {len(weights)}.")
+        self._add_combination(
+            adapters, adapter_name, lambda offsets: algebra.combine(offsets, weights, combination_type)
+        )
+
+    def invert_adapter(self, adapter: str, adapter_name: str) -> None:
+        """Make a new, inactive adapter of the scales `1 / (1 + d)`: active together, the two are the identity.
+
+        Args:
+            adapter (`str`): The adapter to invert.
+            adapter_name (`str`): The name of the new adapter.
+
+        Raises:
+            ValueError: If a scale is zero, or as in `add_weighted_adapter`. Nothing has changed then.
+        """
+        self._add_combination(
+            [adapter], adapter_name, lambda offsets: (algebra.invert(offsets[0][0]), algebra.invert(offsets[0][1]))
+        )
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Use an adapter at another strength: its scales `1 + d` become `1 + scale * d`.
+
+        0 is the base model, 1 the adapter as trained, -1 its negation. The strength holds for forward and merging; it
+        is not saved: to keep it, make a new adapter by `add_weighted_adapter([adapter_name], [scale], ...)`.
+
+        Args:
+            adapter_name (`str`): The adapter.
+            scale (`float`): Its strength.
+
+        Raises:
+            ValueError: If the adapter is unknown, or merged.
+        """
+        self._check_adapters([adapter_name])
+        layers = [layer for layer in self.modules() if isinstance(layer, HyperAdaptLayer)]
+        if any(adapter_name in layer.merged_adapters for layer in layers):
+            raise ValueError(f"The adapter {adapter_name} is merged; call `unmerge_adapter` first.")
+        for layer in layers:
+            layer.set_scale(adapter_name, scale)
+
+    def _check_adapters(self, adapters: list[str]) -> None:
+        if unknown := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"Adapter(s) {unknown} not found, available adapters: {sorted(self.peft_config)}")
+
+    def _add_combination(
+        self, adapters: list[str], adapter_name: str, combine: Callable[[list[algebra.Offsets]], algebra.Offsets]
+    ) -> None:
+        self._check_adapters(adapters)
+        if adapter_name in self.peft_config:
+            raise ValueError(f"There is already an adapter called {adapter_name}.")
+        configs = cast(list[HyperAdaptConfig], [self.peft_config[name] for name in adapters])
+        for name, config in zip(adapters, configs, strict=True):
+            if config.modules_to_save or config.trainable_token_indices or config.bias != "none":
+                raise ValueError(f"The adapter {name} has trained more than scales, which cannot be combined.")
+
+        results = {}
+        for key, layer in self.model.named_modules():
+            if isinstance(layer, HyperAdaptLayer) and layer._get_available_adapters() & set(adapters):
+                try:
+                    results[key] = combine([layer.get_offsets(name) for name in adapters])
+                except ValueError as exc:
+                    raise ValueError(f"{key}: {exc}") from None
+
+        sides = {config.sides for config in configs}
+        config = replace(
+            configs[0],
+            sides=sides.pop() if len(sides) == 1 else "both",
+            target_modules=set(results),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            inference_mode=True,
+        )
+        self.peft_config[adapter_name] = config
+        for key, offsets in results.items():
+            cast(HyperAdaptLayer, self.model.get_submodule(key)).add_offsets(adapter_name, config, *offsets)
