@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 
 from .base.loading import check_tensors
@@ -33,7 +34,7 @@ def hotswap_adapter(model: PeftModel, model_name_or_path: str, adapter_name: str
     model = getattr(model, "_orig_mod", model)  # a compiled model's own
     if adapter_name not in model.peft_config:
         raise ValueError(f"Adapter {adapter_name} not found, available adapters: {sorted(model.peft_config)}")
-    if adapter_name in model.get_model_status().merged_adapters:
+    if any(isinstance(m, BaseTunerLayer) and adapter_name in m.merged_adapters for m in model.modules()):
         raise ValueError(f"The adapter {adapter_name} is merged; call `unmerge_adapter` first.")
     old, new = model.peft_config[adapter_name], PeftConfig.from_pretrained(model_name_or_path, **kwargs)
     for key, value in old.to_dict().items():

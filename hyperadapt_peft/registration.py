@@ -12,7 +12,7 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Union
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
 
@@ -88,11 +88,16 @@ def register_peft_type(
         else:  # an older copy of our own module
             PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
             PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
-        _register_mixed(peft_type, config_cls, layer_cls)
+        if _register_mixed(peft_type, config_cls, layer_cls):
+            PEFT_TYPE_TO_MIXED_MODEL_MAPPING[peft_type] = model_cls
 
 
-def _register_mixed(peft_type: PeftType, config_cls: type[PeftConfig], layer_cls: type[BaseTunerLayer]) -> None:
-    """Let `PeftMixedModel` accept the type, or warn and leave it as it is if its private tables have changed."""
+def _register_mixed(peft_type: PeftType, config_cls: type[PeftConfig], layer_cls: type[BaseTunerLayer]) -> bool:
+    """Let `PeftMixedModel` accept the type, or warn and leave it as it is if its private tables have changed.
+
+    Returns:
+        Whether it was done.
+    """
     try:
         mixed: Any = import_module("peft.tuners.mixed")
         mixed_model: Any = import_module("peft.tuners.mixed.model")
@@ -108,12 +113,13 @@ def _register_mixed(peft_type: PeftType, config_cls: type[PeftConfig], layer_cls
         new_prefixes = [*(p for p in prefixes if p != prefix), prefix]
     except (ImportError, AttributeError, TypeError) as exc:
         warnings.warn(f"PeftMixedModel of this PEFT cannot take {peft_type.value} adapters: {exc}", stacklevel=3)
-        return
+        return False
     _dispatch_mixed_by_type(model_cls)
     mixed_model.COMPATIBLE_TUNER_TYPES = mixed.COMPATIBLE_TUNER_TYPES = new_compatible
     mixed_model.Configs = Union[configs, config_cls]
     mixed_model.Layers = new_layers
     prefixes[:] = new_prefixes
+    return True
 
 
 def _dispatch_mixed_by_type(model_cls: Any) -> None:

@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 import torch
-from peft import LoraConfig, PeftType, get_peft_model
+from peft import LoraConfig, PeftMixedModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.mixed import model as mixed_model
 from torch import nn
@@ -153,6 +153,14 @@ def test_mixed_model_merges_inside_out(order):
         "peft" if order[1] == "lora" else "hyperadapt_peft"
     )
     torch.testing.assert_close(model.merge_and_unload()(x), expected)
+
+
+def test_mixed_model_loads_a_saved_adapter(tmp_path):
+    base = nn.Sequential(nn.Linear(6, 5)).eval()
+    model = get_peft_model(copy.deepcopy(base), HyperAdaptConfig(target_modules=["0"], init_weights=False))
+    model.save_pretrained(tmp_path)
+    x = torch.randn(3, 6)
+    assert torch.equal(PeftMixedModel.from_pretrained(base, tmp_path)(x), model.eval()(x))
 
 
 def test_registering_twice_is_quiet(recwarn):

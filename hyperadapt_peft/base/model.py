@@ -34,6 +34,10 @@ _MAMBA_TYPES = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 _MAMBA_CHILDREN = {"conv1d", "out_proj"}
 
 
+# New heads under their usual names; PEFT itself knows them for SEQ_CLS only, and trains them whole for every task.
+_HEADS = {"classification_head", "classifier", "qa_outputs", "score"}
+
+
 class TargetModel(BaseTuner):
     """A tuner that puts a [`TargetLayer`] around each target module.
 
@@ -56,7 +60,7 @@ class TargetModel(BaseTuner):
         """Return the full names of all linear layers but the output head, as PEFT finds them."""
         found: Any = SimpleNamespace(target_modules="all-linear", task_type=config.task_type)
         _maybe_include_all_linear_layers(found, self.model)
-        return set(found.target_modules)
+        return {name for name in found.target_modules if name.partition(".")[0] not in _HEADS}
 
     def _prepare_adapter_config(self, peft_config: TargetConfig, model_config: dict) -> TargetConfig:  # type: ignore[override]
         if peft_config.target_modules is None or peft_config.target_modules == "all-linear":

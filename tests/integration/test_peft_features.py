@@ -138,6 +138,16 @@ def test_targeting_options(llama):
     assert targeted(target_modules=["embed_tokens"]) == {"model.embed_tokens"}
 
 
+@pytest.mark.parametrize("task_type, head", [("TOKEN_CLS", "classifier"), ("QUESTION_ANS", "qa_outputs")])
+def test_a_new_head_is_trained_whole_for_every_task(task_type, head):
+    from transformers import BertForQuestionAnswering, BertForTokenClassification
+
+    cls = BertForTokenClassification if task_type == "TOKEN_CLS" else BertForQuestionAnswering
+    model = get_peft_model(cls(build("bert")[0].config), HyperAdaptConfig(task_type=task_type))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and ".hyperadapt_" not in n}
+    assert trained == {f"base_model.model.{head}.modules_to_save.default.{x}" for x in ("weight", "bias")}
+
+
 def test_modules_to_save_and_trainable_tokens_survive_the_round_trip(tmp_path):
     model, batch, _ = build("llama")
     config = {"modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [5, 9]}}
