@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from collections.abc import Mapping
+from typing import Optional, cast
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from torch import nn
+from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..base import TargetModel
 from .config import SurmConfig
 from .layer import Linear, SurmLayer
+from .nearest import nearest
 
 
 # What transformers' architectures call them. In LoRA's place the paper adapts query, key and value; in an adapter's
@@ -82,3 +86,38 @@ class SurmModel(TargetModel):
                 f"({', '.join(DEFAULT_TARGETS[config.place])})."
             )
         return names
+
+    def init_from_updates(
+        self, updates: Mapping[str, torch.Tensor], adapter_name: str = "default", progress: bool = False
+    ) -> dict[str, float]:
+        """Start an adapter in LoRA's place from the structured matrices nearest to given updates.
+
+        Args:
+            updates (`Mapping[str, torch.Tensor]`):
+                Module name -> the matrix dW (out, in) to approximate, for instance what another adapter's
+                `get_delta_weight` gives. Modules that are not named keep their factors.
+            adapter_name (`str`, defaults to `"default"`): The adapter.
+            progress (`bool`, defaults to `False`): Show a bar.
+
+        Returns:
+            Module name -> the relative error of the approximation, in the Frobenius norm. It tells which structure
+            suits an update.
+
+        Raises:
+            ValueError: If a module has no such adapter in LoRA's place, or an update has the wrong shape or is not
+                finite. Nothing has changed then.
+        """
+        found = {}
+        for name, update in tqdm(updates.items(), disable=not progress, desc="nearest"):
+            layer = dict(self.model.named_modules()).get(name)
+            config = layer.surm_config.get(adapter_name) if isinstance(layer, SurmLayer) else None
+            if layer is None or config is None or config.place != "lora" or config.alpha == 0:
+                raise ValueError(f"{name} has no adapter {adapter_name} in LoRA's place.")
+            if tuple(update.shape) != layer.matrix_shape(adapter_name):
+                raise ValueError(f"{name} needs {layer.matrix_shape(adapter_name)}, got {tuple(update.shape)}.")
+            found[name] = nearest(update / config.alpha, config.structure, rank=config.r, symmetric=config.symmetric)
+        for name, result in found.items():
+            layer = cast(SurmLayer, self.model.get_submodule(name))
+            for factors, value in zip((layer.surm_first, layer.surm_second), result.factors, strict=True):
+                factors[adapter_name].get_parameter("weight").data.copy_(value)
+        return {name: result.error for name, result in found.items()}

@@ -93,7 +93,9 @@ def _error(dense: Tensor, target: Tensor) -> float:
 
 def _mean_by(groups: Tensor, target: Tensor, count: int) -> Tensor:
     """The mean of the entries of each group (count,)."""
-    sums = torch.zeros(count, dtype=target.dtype, device=target.device).index_add_(0, groups.flatten(), target.flatten())
+    sums = torch.zeros(count, dtype=target.dtype, device=target.device).index_add_(
+        0, groups.flatten(), target.flatten()
+    )
     return sums / torch.bincount(groups.flatten(), minlength=count)
 
 
@@ -212,8 +214,8 @@ def _ldr(target: Tensor, rank: int, steps: int, bar: tqdm) -> tuple[Tensor, Tens
         single = torch.zeros(2 * n - 1, dtype=target.dtype, device=target.device)
         single[n - 1] = 1
         toeplitz = toeplitz_dense(single, wide, n, n, symmetric=False)
-        rest = _generators(padded - toeplitz, rank_used - 2)
-        contained = tuple(torch.cat(pair) for pair in zip(_generators(toeplitz, 2), rest, strict=True))
+        (g, h), (more_g, more_h) = _generators(toeplitz, 2), _generators(padded - toeplitz, rank_used - 2)
+        contained = torch.cat([g, more_g]), torch.cat([h, more_h])
     starts.append(contained)
 
     def error(factors: tuple[Tensor, Tensor]) -> float:

@@ -139,9 +139,12 @@ def _wrapped_dense(v: Tensor, f: int, rows: int, columns: int) -> Tensor:
 # FFT or dense
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Up to this width building the matrix and one GEMM beats the FFTs, whatever the number of tokens.
-# Measured by benchmarks/surm_products.py, forward and backward on a CPU; the rows are in benchmarks/results/.
-DENSE_UP_TO = {"circulant": 96, "toeplitz": 96, "ldr": 96}
+# Up to this width building the matrix and one GEMM beats the FFTs on a CPU, forward and backward; above it the FFTs win
+# by a growing factor, 6 for a circulant of width 768 and 16 for one of 2048. Where they cross depends little on the
+# number of tokens, so the rule does not ask for it: at 1024 tokens circulant crosses at 64, Toeplitz (FFTs of twice the
+# width) and LDR(1) at 128. The exception: LDR(4) with thousands of tokens would stay dense up to about 384.
+# Source: benchmarks/surm_products.py, with its rows in benchmarks/results/surm_products.json.
+DENSE_UP_TO = {"circulant": 64, "toeplitz": 128, "ldr": 128}
 
 # The type of `method`: "auto" follows DENSE_UP_TO, the other two are for the benchmark and the tests.
 Method = Literal["auto", "fft", "dense"]

@@ -242,3 +242,23 @@ def test_unknown_names_and_layers_are_refused():
         get_peft_model(Wrapper(nn.Linear(4, 4)), SurmConfig())
     with pytest.raises(ValueError, match="layer is not supported.*Conv2d.*adapts `torch.nn.Linear`"):
         get_peft_model(Wrapper(nn.Conv2d(4, 4, 1)), SurmConfig(target_modules=["layer"]))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_init_from_updates_recovers_a_structured_update(structure):
+    _, teacher, x = adapt("square", structure)
+    _, model, _ = adapt("square", structure, alpha=0.5)
+    before = model.base_model.model.layer.surm_first["default"].weight.clone()
+    for wrong, message in (
+        ({"layer": torch.zeros(2, 2)}, "needs"),
+        ({"other": matrix(teacher)}, "no adapter default"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.init_from_updates(wrong)
+    assert torch.equal(model.base_model.model.layer.surm_first["default"].weight, before)
+    errors = model.init_from_updates({"layer": matrix(teacher)})
+    difference = (matrix(model) - matrix(teacher)).norm() / matrix(teacher).norm()
+    assert abs(errors["layer"] - difference.item()) < 1e-6
+    if not structure.startswith("toeplitz"):  # a product of two: a local minimum
+        assert difference < 1e-6
+        torch.testing.assert_close(model(x), teacher(x))

@@ -19,6 +19,7 @@ from hyperadapt_peft.surm.structures import (
     toeplitz_matmul,
 )
 
+
 # name: (structure, product, dense twin, keywords of factor_shapes, keywords of both functions)
 CASES = {
     "circulant": ("circulant", circulant_matmul, circulant_dense, {}, {}),

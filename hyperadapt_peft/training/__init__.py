@@ -1,0 +1,1 @@
+"""Train from a recipe: `recipe` reads and checks it, `data` loads, `tasks` prepares, `train` runs it."""

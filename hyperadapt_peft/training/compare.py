@@ -1,0 +1,194 @@
+"""Compare methods on one task: each over its own learning rates, several seeds, chosen on validation, shown on test."""
+
+import copy
+import json
+import multiprocessing
+import statistics
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from . import recipe as recipes
+from .errors import RecipeError, nearest
+from .train import train
+
+
+KEYS = ("recipe", "seeds", "methods", "output_dir")
+METHOD_KEYS = ("tuner", "learning_rates", "training")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A checked comparison.
+
+    Args:
+        recipe: the recipe that all methods share, as plain data.
+        seeds: the seeds; the learning rate is chosen with the first.
+        methods: name -> its `tuner` section, its `learning_rates`, and what differs in its `training` section.
+        output_dir: where the runs and the results go.
+    """
+
+    recipe: dict[str, Any]
+    seeds: list[int]
+    methods: dict[str, dict[str, Any]]
+    output_dir: Path
+
+    def cell(self, method: str, learning_rate: float, seed: int) -> tuple[Path, dict[str, Any]]:
+        """The directory and the recipe of one run."""
+        directory = self.output_dir / method / f"lr{learning_rate:g}" / f"seed{seed}"
+        values = copy.deepcopy(self.recipe)
+        values["tuner"] = self.methods[method]["tuner"]
+        values["training"] |= self.methods[method].get("training", {})
+        values["training"] |= {"learning_rate": learning_rate, "seed": seed, "output_dir": str(directory)}
+        return directory, values
+
+
+def load(path: str | Path) -> Comparison:
+    """Read a comparison and check every recipe in it.
+
+    Raises:
+        RecipeError: anything in it is wrong; the message is one line that names the key.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    _keys("", values, KEYS)
+    if isinstance(values["recipe"], str):
+        base = Path(path).parent / values["recipe"]
+        if not base.is_file():
+            raise RecipeError(f"recipe: no such file '{values['recipe']}'")
+        values["recipe"] = yaml.safe_load(base.read_text())
+    if not isinstance(values["seeds"], list) or not all(type(seed) is int for seed in values["seeds"] or [""]):
+        raise RecipeError(f"seeds: expected a list of int, got {values['seeds']!r}")
+    if not isinstance(values["methods"], dict) or not values["methods"]:
+        raise RecipeError("methods: expected names with a tuner and learning_rates")
+    for name, method in values["methods"].items():
+        _keys(f"methods.{name}.", method, METHOD_KEYS, optional=("training",))
+        if not isinstance(method["learning_rates"], list) or not method["learning_rates"]:
+            raise RecipeError(f"methods.{name}.learning_rates: expected a list of numbers")
+        method["learning_rates"] = [float(rate) for rate in method["learning_rates"]]
+    comparison = Comparison(values["recipe"], values["seeds"], values["methods"], Path(values["output_dir"]))
+    for name, method in comparison.methods.items():
+        _, cell = comparison.cell(name, method["learning_rates"][0], comparison.seeds[0])
+        try:
+            recipes.check(cell)
+        except RecipeError as error:
+            raise RecipeError(f"methods.{name}: {error}") from error
+    return comparison
+
+
+def compare(comparison: Comparison) -> list[dict[str, Any]]:
+    """Run what has not been run yet, and write `comparison.json`, `comparison.md` and `comparison.png`.
+
+    A run is finished when its `metrics.json` is there; it is then never run again. One that was stopped goes on from
+    its last checkpoint. Each runs in a process of its own, so that its peak memory is its own.
+
+    Returns:
+        One row per method, in the order of the comparison.
+    """
+    cells = sum(len(m["learning_rates"]) + len(comparison.seeds) - 1 for m in comparison.methods.values())
+    rows = []
+    with tqdm(total=cells, desc="runs", unit="run") as bar:
+        for name, method in comparison.methods.items():
+            first, *other_seeds = comparison.seeds
+
+            def run(learning_rate: float, seed: int, name: str = name) -> dict[str, Any]:
+                bar.set_postfix_str(f"{name} lr={learning_rate:g} seed={seed}")
+                result = _run(*comparison.cell(name, learning_rate, seed))
+                bar.update()
+                return result
+
+            sweep = {rate: run(rate, first) for rate in method["learning_rates"]}
+            best = max(sweep, key=lambda rate: sweep[rate]["after"]["validation"]["accuracy"])
+            results = [sweep[best], *(run(best, seed) for seed in other_seeds)]
+            rows.append(_row(name, best, sweep, results))
+            _write(comparison.output_dir, rows)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The comparison as a Markdown table."""
+    lines = [
+        "| method | trained outside the head | adapter, bytes | learning rate | validation | test | training, s | peak, MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        scores = [
+            f"{100 * statistics.mean(row[split]):.1f} ± {100 * (statistics.stdev(row[split]) if len(row[split]) > 1 else 0):.1f}"
+            for split in ("validation", "test")
+        ]
+        lines.append(
+            f"| {row['method']} | {row['trainable_outside_head']:,} | {row['adapter_bytes']:,} | "
+            f"{row['learning_rate']:g} | {scores[0]} | {scores[1]} | {row['seconds']:.0f} | "
+            f"{row['peak_rss_bytes'] / 2**20:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _keys(prefix: str, values: Any, known: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+    if not isinstance(values, Mapping):
+        raise RecipeError(f"{prefix.rstrip('.') or 'comparison'}: expected the keys {', '.join(known)}")
+    for key in values:
+        if key not in known:
+            raise RecipeError(f"{prefix}{key}: unknown key{nearest(str(key), known)}")
+    for key in known:
+        if key not in values and key not in optional:
+            raise RecipeError(f"{prefix}{key}: missing")
+
+
+def _run(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
+    metrics = directory / "metrics.json"
+    if not metrics.exists():
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            pool.submit(_train, values).result()
+    return json.loads(metrics.read_text())
+
+
+def _train(values: dict[str, Any]) -> None:
+    train(recipes.check(values), resume=True)
+
+
+def _row(name: str, best: float, sweep: Mapping[float, dict], results: list[dict]) -> dict[str, Any]:
+    return {
+        "method": name,
+        "learning_rate": best,
+        "sweep": {f"{rate:g}": result["after"]["validation"]["accuracy"] for rate, result in sweep.items()},
+        "validation": [result["after"]["validation"]["accuracy"] for result in results],
+        "test": [result["after"]["test"]["accuracy"] for result in results],
+        "trainable_outside_head": results[0]["parameters"]["trainable_outside_head"],
+        "adapter_bytes": results[0]["adapter_bytes"],
+        "seconds": statistics.median(result["seconds"]["train"] for result in results),
+        "peak_rss_bytes": max(result["peak_rss_bytes"] for result in results),
+    }
+
+
+def _write(directory: Path, rows: list[dict[str, Any]]) -> None:
+    (directory / "comparison.json").write_text(json.dumps(rows, indent=2) + "\n")
+    (directory / "comparison.md").write_text(table(rows))
+    try:
+        import matplotlib
+    except ImportError:
+        return  # the table says it all; plots are an extra
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for row in rows:
+        test = [100 * accuracy for accuracy in row["test"]]
+        mean = statistics.mean(test)
+        spread = [[mean - min(test)], [max(test) - mean]]
+        axes.errorbar(max(row["trainable_outside_head"], 1), mean, yerr=spread, fmt="o", capsize=3)
+        axes.annotate(row["method"], (max(row["trainable_outside_head"], 1), mean), (5, 5), textcoords="offset points")
+    axes.set(xscale="log", xlabel="trained parameters outside the head", ylabel="test accuracy, %")
+    axes.grid(alpha=0.3)
+    figure.savefig(directory / "comparison.png", dpi=150)
+    pyplot.close(figure)

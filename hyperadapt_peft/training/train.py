@@ -1,0 +1,235 @@
+"""Run a recipe: transformers' Trainer trains, the adapter is saved, reloaded from disk and evaluated again."""
+
+import gc
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel, Trainer, set_seed
+
+from .data import load_splits, local_path
+from .errors import RecipeError, first_line
+from .recipe import Recipe
+from .tasks import Prepared, accuracy, predict
+
+
+HEADS = ("classifier", "score")  # what PEFT too takes for a classification head
+
+
+def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Train, save, reload, and write `metrics.json` into the output directory; returns what it holds.
+
+    Args:
+        recipe: what to run.
+        resume: go on from the last checkpoint in the output directory, or start when there is none.
+        overwrite: remove the earlier run in the output directory first.
+
+    Raises:
+        RecipeError: model or data cannot be loaded as the recipe says, or the output directory holds a run already.
+        RuntimeError: the adapter reloaded from disk does not give the metrics it had when it was saved.
+    """
+    started = time.monotonic()
+    output = Path(str(recipe.arguments.output_dir))
+    earlier = [*output.glob("checkpoint-*"), *output.glob("adapter"), *output.glob("metrics.json")]
+    checkpoint = recipe.arguments.resume_from_checkpoint or (_last_checkpoint(output) if resume else None)
+    if earlier and not (resume or overwrite or checkpoint):
+        raise RecipeError(f"training.output_dir: {output} holds an earlier run; pass --resume or --overwrite")
+    source = _load("model.name", lambda: local_path(recipe.model.name))
+    prepared = _prepare(recipe, source)
+
+    def base_model(seed: int) -> PreTrainedModel:
+        set_seed(seed)  # of a new head
+        options = {"revision": recipe.model.revision, "dtype": recipe.model.dtype, **prepared.model_options}
+        model = _load("model.name", lambda: recipe.task.auto_model.from_pretrained(source, **options))
+        pad = getattr(prepared.processor, "pad_token_id", None)
+        if pad is not None:
+            model.config.pad_token_id = pad
+        return model
+
+    model = _adapted(recipe, base_model(recipe.arguments.seed), prepared)
+    trainer = _trainer(recipe, model, prepared)
+    if overwrite:
+        for path in earlier:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    adapter = output / "adapter"
+    results = _fit(trainer, model, prepared, adapter, checkpoint)
+    del trainer, model
+    gc.collect()  # the Trainer's cycles hold the trained model
+    if recipe.peft_config is not None:
+        # another random head than the run began with: the one it trained must come from the disk
+        reloaded = PeftModel.from_pretrained(base_model(recipe.arguments.seed + 1), adapter)
+    else:
+        reloaded = recipe.task.auto_model.from_pretrained(adapter, dtype=recipe.model.dtype)
+    results["reloaded"] = _evaluate(_trainer(recipe, reloaded, prepared), prepared)
+    results["seconds"]["total"] = time.monotonic() - started
+    results |= {"labels": prepared.labels, "peak_rss_bytes": _peak_rss(), "recipe": recipe.resolved}
+    results["versions"] = {"python": platform.python_version()}
+    for package in ("hyperadapt_peft", "peft", "transformers", "accelerate", "datasets", "torch"):
+        results["versions"][package] = version(package)
+    _write(output / "metrics.json", json.dumps(results, indent=2) + "\n")
+    if not _same(results["after"], results["reloaded"]):
+        raise RuntimeError(f"{adapter} does not evaluate as it did when it was saved; see metrics.json beside it")
+    return results
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The table printed at the end of a run."""
+    parameters, seconds = results["parameters"], results["seconds"]
+    split = "test" if "test" in results["after"] else "validation"
+    rows = [
+        (f"{split} accuracy {label}", f"{results[when][split]['accuracy']:.2%}")
+        for when, label in (("before", "before"), ("after", "after"), ("reloaded", "reloaded from disk"))
+    ]
+    outside = f"{parameters['trainable_outside_head']:,} outside the head"
+    rows.append(("trainable parameters", f"{parameters['trainable']:,} ({outside}) of {parameters['total']:,}"))
+    rows.append(("adapter weights on disk", f"{results['adapter_bytes']:,} bytes"))
+    rows.append(("seconds", f"{seconds['train']:.0f} training, {seconds['total']:.0f} in all"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _prepare(recipe: Recipe, source: str) -> Prepared:
+    """The data of the recipe, encoded for its model; the Trainer's arguments are told what that needs."""
+    splits = load_splits(recipe.data)
+    prepared = _load("model.name", lambda: recipe.task.prepare(recipe.data, splits, source, recipe.model.revision))
+    if prepared.keep_columns:
+        recipe.arguments.remove_unused_columns = False
+    if recipe.arguments.label_names is None:
+        recipe.arguments.label_names = ["labels"]  # the Trainer cannot see it through every PEFT model
+    return prepared
+
+
+def _load(key: str, load: Callable[[], Any]) -> Any:
+    """What `load` returns; what transformers says when it cannot becomes a RecipeError about `key`."""
+    try:
+        return load()
+    except RecipeError:
+        raise
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{key}: {first_line(error)}") from error
+
+
+def _adapted(recipe: Recipe, model: PreTrainedModel, prepared: Prepared) -> PreTrainedModel | PeftModel:
+    """The model with the recipe's tuner, its classification head trainable."""
+    head = _head(model, prepared)
+    config = recipe.peft_config
+    if config is None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = recipe.peft_type == "FULL" or _is_in(head, name)
+        return model
+    if head and config.task_type is None and getattr(config, "modules_to_save", ()) is None:
+        config.modules_to_save = head  # type: ignore[attr-defined]  # with a task type PEFT does so itself
+    adapted = _load("tuner", lambda: get_peft_model(model, config))
+    if head and not any(_is_in(head, name) and ".modules_to_save." in name for name, _ in adapted.named_parameters()):
+        raise RecipeError(f"tuner.modules_to_save: expected the classification head, {' and '.join(head)}")
+    return adapted
+
+
+def _head(model: PreTrainedModel | PeftModel, prepared: Prepared) -> list[str]:
+    """The names of the children that make the classification head: the usual names, or all beside the encoder."""
+    if not prepared.labels:
+        return []
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    names = [name for name, child in base.named_children() if any(True for _ in child.parameters())]
+    return [name for name in names if name in HEADS] or [name for name in names if name != base.base_model_prefix]
+
+
+def _is_in(head: list[str], parameter: str) -> bool:
+    return not set(head).isdisjoint(parameter.split("."))
+
+
+def _trainer(recipe: Recipe, model: PreTrainedModel | PeftModel, prepared: Prepared) -> Trainer:
+    create = partial(
+        Trainer,
+        model=model,
+        args=recipe.arguments,
+        train_dataset=prepared.splits["train"],
+        eval_dataset=prepared.splits.get("validation"),
+        data_collator=prepared.collator,
+        processing_class=prepared.processor,
+        compute_metrics=accuracy,
+        preprocess_logits_for_metrics=predict,
+    )
+    return _load("training", create)
+
+
+def _fit(
+    trainer: Trainer, model: PreTrainedModel | PeftModel, prepared: Prepared, adapter: Path, checkpoint: str | None
+) -> dict[str, Any]:
+    """Evaluate, train, evaluate, save to `adapter`; the part of the results known by then."""
+    before = _evaluate(trainer, prepared)
+    done = trainer.train(resume_from_checkpoint=checkpoint)
+    after = _evaluate(trainer, prepared)
+    with tempfile.TemporaryDirectory(dir=adapter.parent) as temporary:
+        saved = Path(temporary, "adapter")
+        model.save_pretrained(str(saved))
+        prepared.processor.save_pretrained(saved)
+        if adapter.exists():
+            shutil.rmtree(adapter)
+        saved.replace(adapter)
+    head = _head(model, prepared)
+    trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        "before": before,
+        "after": after,
+        "parameters": {
+            "total": sum(p.numel() for p in model.parameters()),
+            "trainable": sum(trainable.values()),
+            "trainable_outside_head": sum(size for name, size in trainable.items() if not _is_in(head, name)),
+        },
+        "adapter_bytes": sum(file.stat().st_size for file in adapter.glob("*.safetensors")),
+        "steps": done.global_step,
+        "seconds": {"train": done.metrics["train_runtime"]},
+    }
+
+
+def _evaluate(trainer: Trainer, prepared: Prepared) -> dict[str, dict[str, float]]:
+    """Split -> loss and accuracy, on every split but the training one."""
+    results = {}
+    for role, rows in prepared.splits.items():
+        if role != "train":
+            metrics = trainer.evaluate(rows)
+            results[role] = {"loss": metrics["eval_loss"], "accuracy": metrics["eval_accuracy"]}
+    return results
+
+
+def _same(one: dict[str, dict[str, float]], other: dict[str, dict[str, float]]) -> bool:
+    """Whether two evaluations agree, but for the last digits of a device's arithmetic."""
+    values = [[metrics[key] for metrics in run.values() for key in sorted(metrics)] for run in (one, other)]
+    return np.allclose(values[0], values[1], rtol=1e-3, atol=0, equal_nan=True)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a whole file or none."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _last_checkpoint(output: Path) -> str | None:
+    """The latest checkpoint in `output` that was written to its end: the Trainer's state is its last file."""
+    complete = [file.parent for file in output.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+
+
+def _peak_rss() -> int:
+    """The most memory this process ever had, in bytes."""
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
