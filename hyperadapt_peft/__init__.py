@@ -1,8 +1,11 @@
 """HyperAdapt and SURM for PEFT. Importing this package registers both methods with PEFT."""
 
+from .card import keep_usage
 from .hyperadapt import HyperAdaptConfig, HyperAdaptModel
 from .surm import SurmConfig, SurmModel
 from .version import __version__
 
+
+keep_usage()
 
 __all__ = ["HyperAdaptConfig", "HyperAdaptModel", "SurmConfig", "SurmModel", "__version__"]

@@ -23,21 +23,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     again.add_argument("--overwrite", action="store_true", help="remove the earlier run in the output directory first")
     command.set_defaults(run=_train)
 
+    command = commands.add_parser("compare", help="train several methods on one task and put them in a table")
+    command.add_argument("comparison", help="a YAML file with the keys recipe, seeds, methods and output_dir")
+    command.set_defaults(run=_compare)
+
     args = parser.parse_args(argv)
-    return args.run(args)
-
-
-def _train(args: argparse.Namespace) -> int:
     from .training.errors import RecipeError
-    from .training.recipe import load
-    from .training.train import summary, train
 
     try:
-        print(summary(train(load(args.recipe, args.overrides), args.resume, args.overwrite)))
+        args.run(args)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _train(args: argparse.Namespace) -> None:
+    from .training.recipe import load
+    from .training.train import summary, train
+
+    print(summary(train(load(args.recipe, args.overrides), args.resume, args.overwrite)))
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from .training.compare import compare, load, table
+
+    print(table(compare(load(args.comparison))))
 
 
 if __name__ == "__main__":

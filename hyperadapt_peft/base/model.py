@@ -15,6 +15,8 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
+    _filter_state_dict_by_key_prefixes,
+    _get_tuner_state_dict_key_prefixes,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
     onload_layer,
@@ -24,6 +26,7 @@ from torch import nn
 
 from .config import TargetConfig
 from .layer import TargetLayer
+from .loading import check_tensors
 from .mixed_batch import adapter_names_hooks
 
 
@@ -116,6 +119,17 @@ class TargetModel(BaseTuner):
         names = kwargs.pop("adapter_names", None)
         with adapter_names_hooks(self.model, names, self.tuner_layer_cls, kwargs):
             yield
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
+        cls, model: nn.Module, config: TargetConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        # before anything is loaded: PEFT loads what fits, says little of what does not, and takes NaN
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+        expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
+        check_tensors(expected, {k: v for k, v in state_dict.items() if k in expected or f".{cls.prefix}" in k})
+        return state_dict
 
     def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base weights, as PEFT's `merge_adapter`, in all layers or, on an error, in none.
