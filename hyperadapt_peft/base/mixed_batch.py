@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
@@ -12,6 +12,17 @@ from torch import nn
 
 
 BASE = "__base__"  # the name that stands for the base model
+
+
+class BatchNames(list[str]):
+    """The adapter names of a batch's samples, and what the layers made of them: `memo` lasts for one model call.
+
+    A call to `generate` runs the model many times with the same names and the same adapters.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__(names)
+        self.memo: dict[Any, Any] = {}
 
 
 @contextmanager
@@ -46,12 +57,12 @@ def adapter_names_hooks(
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
 
     copies = _copies_in_generation(model, kwargs)
-    repeated = [name for name in adapter_names for _ in range(copies)]
+    names = BatchNames(adapter_names)
+    repeated = BatchNames(name for name in adapter_names for _ in range(copies))
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         inputs = args[0] if args else next(iter(kwargs.values()))
-        names = repeated if len(inputs) == len(repeated) else list(adapter_names)
-        return args, {**kwargs, "adapter_names": names}
+        return args, {**kwargs, "adapter_names": repeated if len(inputs) == len(repeated) else names}
 
     auxiliary = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in [*layers, *auxiliary]]

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..base import TargetLayer
+from ..base.mixed_batch import BatchNames
 from .config import HyperAdaptConfig
 
 
@@ -115,6 +116,12 @@ class HyperAdaptLayer(TargetLayer):
 
     def batch_offset(self, scales: nn.ModuleDict, adapter_names: list[str]) -> Optional[torch.Tensor]:
         """Return each sample's offset from 1, (batch, size), or None if no sample has any."""
+        memo = adapter_names.memo if isinstance(adapter_names, BatchNames) else {}
+        if scales not in memo:
+            memo[scales] = self._batch_offset(scales, adapter_names)
+        return memo[scales]
+
+    def _batch_offset(self, scales: nn.ModuleDict, adapter_names: list[str]) -> Optional[torch.Tensor]:
         names = [name for name in dict.fromkeys(adapter_names) if name in scales]
         if not names:
             return None
