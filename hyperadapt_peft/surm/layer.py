@@ -62,10 +62,10 @@ class SurmLayer(TargetLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """Set an adapter to a zero and a random factor; with `init_weights=False` both are random."""
+        """Set an adapter to a zero and a random factor; with `init_weights=False` both are random and large."""
         std = RANDOM_STD[self.surm_config[adapter_name].structure]
-        nn.init.normal_(self.surm_first[adapter_name].get_parameter("weight"), std=0.0 if init_weights else 2 * std)
-        nn.init.normal_(self.surm_second[adapter_name].get_parameter("weight"), std=std)
+        for factors, start in ((self.surm_first, 0.0), (self.surm_second, std)):
+            nn.init.normal_(factors[adapter_name].get_parameter("weight"), std=start if init_weights else 0.3)
 
     def matrix_shape(self, adapter_name: str) -> tuple[int, int]:
         """(out, in) of an adapter's structured matrix."""

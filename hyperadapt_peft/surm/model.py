@@ -23,7 +23,7 @@ from .nearest import nearest
 DEFAULT_TARGETS = {
     "lora": (
         "query", "key", "value", "query_proj", "key_proj", "value_proj", "q_proj", "k_proj", "v_proj", "q_lin",
-        "k_lin", "v_lin", "q", "k", "v", "c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv",
+        "k_lin", "v_lin", "q", "k", "v", "c_attn", "in_proj", "qkv", "qkv_proj", "query_key_value", "Wqkv",
     ),
     "adapter": (
         "o_proj", "out_proj", "out_lin", "o", "wo", "Wo", "c_proj", "down_proj", "fc2", "fc_out", "lin2", "ffn_output",
