@@ -30,7 +30,8 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 
 conformance: $(VENV)/.ready  ## all of PEFT's own test-suite that applies, beside LoRA and IA3
-	$(BIN)/python -m tests.conformance --method hyperadapt --method lora --method ia3 -n 2
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,quantization]'
+	$(BIN)/python -m tests.conformance --method hyperadapt surm lora ia3 -n 2
 
 clean:
 	rm -rf $(VENV) build *.egg-info
