@@ -65,7 +65,7 @@ class SurmLayer(TargetLayer):
         """Set an adapter to a zero and a random factor; with `init_weights=False` both are random and large."""
         std = RANDOM_STD[self.surm_config[adapter_name].structure]
         for factors, start in ((self.surm_first, 0.0), (self.surm_second, std)):
-            nn.init.normal_(factors[adapter_name].get_parameter("weight"), std=start if init_weights else 0.3)
+            nn.init.normal_(factors[adapter_name].get_parameter("weight"), std=start if init_weights else 0.25)
 
     def matrix_shape(self, adapter_name: str) -> tuple[int, int]:
         """(out, in) of an adapter's structured matrix."""
