@@ -29,7 +29,9 @@ def hotswap_adapter(model: PeftModel, model_name_or_path: str, adapter_name: str
         **kwargs: `revision`, `subfolder`, `token`, `cache_dir`, ... for loading.
 
     Raises:
-        ValueError: If there is no such adapter, it is merged, or the new one does not fit. Nothing has changed then.
+        RuntimeError: If a tensor has another shape.
+        ValueError: If there is no such adapter, it is merged, or the new one does not fit otherwise. Nothing has
+            changed in any of these cases.
     """
     model = getattr(model, "_orig_mod", model)  # a compiled model's own
     if adapter_name not in model.peft_config:

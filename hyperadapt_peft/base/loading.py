@@ -7,12 +7,19 @@ from collections.abc import Mapping
 import torch
 
 
-def check_tensors(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
-    """Raise ValueError, naming the tensor, unless `given` has the names and shapes of `expected` and is finite.
+def check_tensors(
+    expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], ignore_mismatched_sizes: bool = False
+) -> None:
+    """Check that `given` has the names and shapes of `expected` and is finite.
 
     Args:
         expected: The adapter's tensors in the model.
         given: The tensors to be loaded into them.
+        ignore_mismatched_sizes: PEFT's option: tensors of another shape will be left out of the loading.
+
+    Raises:
+        RuntimeError: A tensor has another shape; the message names it.
+        ValueError: A tensor is missing, has no place or is not finite; the message names it.
     """
     for kind, names in (
         ("lacks", expected.keys() - given.keys()),
@@ -23,9 +30,10 @@ def check_tensors(expected: Mapping[str, torch.Tensor], given: Mapping[str, torc
             who = "The adapter file" if kind == "lacks" else "The model"
             raise ValueError(f"{who} {kind} the tensor {min(names)}{more}; is it an adapter of this model and config?")
     for name, tensor in given.items():
-        if expected[name].numel() and tensor.shape != expected[name].shape:  # ZeRO-3 empties what it has sharded
-            raise ValueError(
-                f"The tensor {name} has the shape {tuple(tensor.shape)}, but the model needs "
+        # ZeRO-3 empties what it has sharded
+        if expected[name].numel() and tensor.shape != expected[name].shape and not ignore_mismatched_sizes:
+            raise RuntimeError(  # as torch's load_state_dict, but before it has copied the tensors that fit
+                f"size mismatch for {name}: its shape is {tuple(tensor.shape)}, but the model needs "
                 f"{tuple(expected[name].shape)}; is it an adapter of this model and config?"
             )
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():

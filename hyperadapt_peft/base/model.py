@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -128,7 +129,10 @@ class TargetModel(BaseTuner):
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
         expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
-        check_tensors(expected, {k: v for k, v in state_dict.items() if k in expected or f".{cls.prefix}" in k})
+        given = {key: tensor for key, tensor in state_dict.items() if key in expected or f".{cls.prefix}" in key}
+        # PEFT does not pass its option on; its only caller of this hook, set_peft_model_state_dict, holds it
+        ignore = sys._getframe(1).f_locals.get("ignore_mismatched_sizes", False)
+        check_tensors(expected, given, ignore_mismatched_sizes=ignore)
         return state_dict
 
     def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:

@@ -257,6 +257,8 @@ def _supported(method: Method, cells: Iterable[Any]) -> None:
     """Raise NoRow if one of a row's cells is a model, or has a target, that the method does not support."""
     names: set[str] = set()
     for cell in cells:
+        if isinstance(cell, tuple):
+            _supported(method, cell)
         targets = cell.get("target_modules") if isinstance(cell, dict) else getattr(cell, "target_modules", cell)
         names |= {targets} if isinstance(targets, str) else set(targets) if isinstance(targets, list | set) else set()
     for name, reason in method.unsupported.items():
