@@ -11,7 +11,7 @@ from .methods import OURS
 
 
 ROOT = Path(__file__).resolve().parents[2]
-AT_LEAST = {"hyperadapt": 400, "surm": 300}
+AT_LEAST = {"hyperadapt": 400, "surm": 280}
 
 
 @pytest.mark.parametrize("method", OURS)
