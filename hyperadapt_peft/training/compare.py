@@ -3,6 +3,7 @@
 import copy
 import json
 import multiprocessing
+import re
 import statistics
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -40,7 +41,8 @@ class Comparison:
 
     def cell(self, method: str, learning_rate: float, seed: int) -> tuple[Path, dict[str, Any]]:
         """The directory and the recipe of one run."""
-        directory = self.output_dir / method / f"lr{learning_rate:g}" / f"seed{seed}"
+        slug = re.sub(r"[^\w.=-]+", "-", method).strip("-")
+        directory = self.output_dir / slug / f"lr{learning_rate:g}" / f"seed{seed}"
         values = copy.deepcopy(self.recipe)
         values["tuner"] = self.methods[method]["tuner"]
         values["training"] |= self.methods[method].get("training", {})
