@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Optional
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -12,6 +13,11 @@ from transformers.pytorch_utils import Conv1D
 from ..base import TargetLayer
 from ..base.mixed_batch import BatchNames
 from .config import HyperAdaptConfig
+from .functional import scale, scale_input, scale_output
+
+
+# Their outputs are new tensors that nobody else holds, so they may be scaled in place.
+FRESH = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Scale(nn.Module):
@@ -39,13 +45,14 @@ class HyperAdaptLayer(TargetLayer):
     """
 
     adapter_layer_names = ("hyperadapt_row", "hyperadapt_column")
-    other_param_names = ("hyperadapt_strength",)
+    other_param_names = ("hyperadapt_strength", "hyperadapt_save_memory")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: HyperAdaptConfig, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
         self.hyperadapt_row = nn.ModuleDict()
         self.hyperadapt_column = nn.ModuleDict()
         self.hyperadapt_strength: dict[str, float] = {}
+        self.hyperadapt_save_memory: dict[str, bool] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -60,6 +67,7 @@ class HyperAdaptLayer(TargetLayer):
     def update_layer(self, adapter_name: str, config: HyperAdaptConfig) -> None:
         """Add an adapter, at the identity unless `config.init_weights` is False."""
         self.hyperadapt_strength[adapter_name] = 1.0
+        self.hyperadapt_save_memory[adapter_name] = config.save_memory
         if config.sides != "column":
             self.hyperadapt_row[adapter_name] = Scale(self.num_rows)
         if config.sides != "row":
@@ -170,34 +178,34 @@ class Linear(HyperAdaptLayer):
     def scaled_forward(
         self, column: Optional[torch.Tensor], row: Optional[torch.Tensor], x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        inputs = x if column is None else scale(x, self.along_channels(column, x))
+        inputs = x if column is None else scale_input(x, column, self.channel_dims)
         result = self.base_layer(inputs, *args, **kwargs)
         if row is None:
             return result
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        row = self.along_channels(row, result)
-        scaled = scale(result, row)
-        bias = self.base_bias(result, x, *args, **kwargs)
-        return scaled if bias is None else scaled - bias * row
-
-    def along_channels(self, vector: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Shape (size,) or (batch, size) so that it multiplies the channels of `like`, in its dtype."""
-        vector = vector.to(like.dtype)
-        vector = vector.reshape(*vector.shape, *(1,) * self.channel_dims)
-        if vector.dim() == self.channel_dims + 1:
-            return vector
-        return vector.reshape(len(vector), *(1,) * (like.dim() - vector.dim()), *vector.shape[1:])
+        nested = isinstance(self.base_layer, BaseTunerLayer)  # it may drop out at random
+        return scale_output(
+            result,
+            row,
+            bias=self.base_bias(result, x, *args, **kwargs),
+            again=None if nested else lambda inputs: self.base_layer(inputs, *args, **kwargs),
+            inputs=(x, column),
+            channel_dims=self.channel_dims,
+            in_place=type(self.base_layer) in FRESH and not self.base_layer._forward_hooks and not result._is_view(),
+            keep=not any(self.hyperadapt_save_memory.get(name) for name in self.active_adapters),
+        )
 
     def base_bias(self, result: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> Optional[torch.Tensor]:
-        """The base layer's bias, shaped to be subtracted from its output."""
+        """The base layer's bias, (size,)."""
         bias = getattr(self.get_base_layer(), "bias", None)
         if bias is None:
             return None
         if bias.device != result.device or bias.numel() != self.out_features:
             # offloaded or sharded: outside the base layer's forward the bias is not here, but it is W 0 + bias
-            return self.base_layer(torch.zeros_like(x[:1]), *args, **kwargs).detach()
-        return self.along_channels(bias, result)
+            bias = self.base_layer(torch.zeros_like(x[:1]), *args, **kwargs).detach()
+            bias = bias.movedim(bias.dim() - 1 - self.channel_dims, -1).reshape(-1, self.out_features)[0]
+        return bias
 
     def scale_weight(self, weight: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         if isinstance(self.get_base_layer(), Conv1D):  # stored as m x n
@@ -242,8 +250,8 @@ class Embedding(HyperAdaptLayer):
         result = self.base_layer(x, *args, **kwargs)
         row, column = self.active_offset(self.hyperadapt_row), self.active_offset(self.hyperadapt_column)
         if row is not None:
-            result = scale(result, F.embedding(x, row[:, None]).to(result.dtype))
-        return result if column is None else scale(result, column.to(result.dtype))
+            result = scale(result, F.embedding(x, row[:, None]))
+        return result if column is None else scale(result, column)
 
     def mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
@@ -252,14 +260,9 @@ class Embedding(HyperAdaptLayer):
         row = self.batch_offset(self.hyperadapt_row, adapter_names)
         if row is not None:
             tokens = row.gather(1, x.flatten(1)).reshape(*x.shape, 1)
-            result = scale(result, tokens.to(result.dtype))
+            result = scale(result, tokens)
         column = self.batch_offset(self.hyperadapt_column, adapter_names)
         if column is not None:
             column = column.reshape(len(x), *(1,) * (result.dim() - 2), -1)
-            result = scale(result, column.to(result.dtype))
+            result = scale(result, column)
         return result
-
-
-def scale(x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """Return `x * (1 + offset)` in x's dtype, rounded once: `1 + offset` itself is never rounded."""
-    return torch.addcmul(x, x, offset)

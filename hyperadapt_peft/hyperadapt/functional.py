@@ -1,0 +1,195 @@
+"""Scaling activations by `1 + offset`: the arithmetic of `W' = A W B` without touching W.
+
+In a training step the naive formulas cost most in what autograd keeps and in passes over the activations. Here the input
+is kept for its scale's gradient and the scaled output for the other's, both of which the model mostly keeps anyway, the
+base layer's own output never, and each gradient is one product and one sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+# Dividing the scaled output by a smaller scale would lose too many digits beside a bias; it is then computed again.
+SMALLEST_DIVISOR = 0.1
+
+
+def scale(x: Tensor, offset: Tensor) -> Tensor:
+    """Return `x * (1 + offset)` in x's dtype, rounded once: `1 + offset` itself is never rounded."""
+    return torch.addcmul(x, x, offset.to(x.dtype))
+
+
+def scale_input(x: Tensor, offset: Tensor, channel_dims: int = 0) -> Tensor:
+    """Return `x * (1 + offset)` for a base layer's input, in x's dtype.
+
+    Args:
+        x: (..., size, *positions), where `positions` are the last `channel_dims` dimensions.
+        offset: (size,), or (batch, size) with one row per sample.
+        channel_dims: How many dimensions follow the channels.
+    """
+    if _is_composite(offset, x):
+        return scale(x, _along_channels(offset, x, channel_dims))
+    return _ScaleInput.apply(x, offset, channel_dims)
+
+
+def scale_output(
+    result: Tensor,
+    offset: Tensor,
+    bias: Optional[Tensor],
+    again: Optional[Callable[[Tensor], Tensor]],
+    inputs: tuple[Tensor, Optional[Tensor]],
+    channel_dims: int = 0,
+    in_place: bool = False,
+    keep: bool = True,
+) -> Tensor:
+    """Return `result + (result - bias) * offset` for a base layer's output, in its dtype.
+
+    Args:
+        result: (..., size, *positions), where `positions` are the last `channel_dims` dimensions.
+        offset: (size,), or (batch, size) with one row per sample.
+        bias: (size,), the part of `result` that is not scaled, or None.
+        again: Maps the base layer's input to `result` once more, if what is kept cannot serve. None if the base layer is
+            not a function of its input alone: then autograd keeps `result`.
+        inputs: The input before it was scaled and its offset (None if it was not): what `again` is called with then.
+        channel_dims: How many dimensions follow the channels.
+        in_place: Whether `result` is nobody else's and may be overwritten.
+        keep: Whether the scaled output is kept for backward. Without, backward calls `again`: slower, but nothing is
+            kept that the model would not keep without this layer, except for `x`.
+    """
+    if again is None or _is_composite(offset, result):
+        in_place = in_place and not torch.is_grad_enabled()
+        return _scale_output(result, offset, bias, channel_dims, in_place)
+    watch = _Watch()
+    scaled = _ScaleOutput.apply(result, offset, bias, *inputs, again, channel_dims, in_place, watch if keep else None)
+    watch.start(scaled)
+    return scaled
+
+
+def _scale_output(result: Tensor, offset: Tensor, bias: Optional[Tensor], channel_dims: int, in_place: bool) -> Tensor:
+    offset = _along_channels(offset, result, channel_dims)
+    scaled = result.addcmul_(result, offset) if in_place else scale(result, offset)
+    if bias is not None:
+        bias = _along_channels(bias, result, channel_dims)
+        out = None if torch.is_grad_enabled() else scaled  # autograd has no out
+        scaled = torch.addcmul(scaled, bias, offset, value=-1, out=out)
+    return scaled
+
+
+def _is_composite(offset: Tensor, x: Tensor) -> bool:
+    """Whether plain operations serve: nothing to differentiate, a batch of offsets, or a compiler that fuses them."""
+    differentiable = torch.is_grad_enabled() and (offset.requires_grad or x.requires_grad)
+    return not differentiable or offset.dim() > 1 or torch.compiler.is_compiling()
+
+
+def _along_channels(vector: Tensor, like: Tensor, channel_dims: int) -> Tensor:
+    """Shape (size,) or (batch, size) so that it multiplies the channels of `like`, in its dtype."""
+    vector = vector.to(like.dtype)
+    vector = vector.reshape(*vector.shape, *(1,) * channel_dims)
+    if vector.dim() == channel_dims + 1:
+        return vector
+    return vector.reshape(len(vector), *(1,) * (like.dim() - vector.dim()), *vector.shape[1:])
+
+
+def _sum_to_channels(x: Tensor, channel_dims: int, dtype: torch.dtype) -> Tensor:
+    """Sum over all but the channels, (size,), in float32 or wider, and round to `dtype`."""
+    channels = x.dim() - 1 - channel_dims
+    dims = [dim for dim in range(x.dim()) if dim != channels]
+    wide = torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
+    return (x.sum(dims, dtype=wide) if dims else x).to(dtype)
+
+
+class _Watch:
+    """Tells whether a tensor has been changed in place, without keeping its memory."""
+
+    def start(self, tensor: Tensor) -> None:
+        self.probe = tensor.detach()  # it shares the tensor's version counter
+        self.probe.data = self.probe.new_empty(0)
+        self.version = self.probe._version
+
+    def changed(self) -> bool:
+        return self.probe._version != self.version
+
+
+class _ScaleInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, offset: Tensor, channel_dims: int) -> Tensor:
+        ctx.channel_dims = channel_dims
+        ctx.save_for_backward(offset, x if ctx.needs_input_grad[1] else None)
+        return scale(x, _along_channels(offset, x, channel_dims))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        offset, x = ctx.saved_tensors
+        grad_x = grad_offset = None
+        if ctx.needs_input_grad[0]:
+            grad_x = scale(grad, _along_channels(offset, grad, ctx.channel_dims))
+        if ctx.needs_input_grad[1]:
+            grad_offset = _sum_to_channels(grad * x, ctx.channel_dims, offset.dtype)
+        return grad_x, grad_offset, None
+
+
+class _ScaleOutput(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        result: Tensor,
+        offset: Tensor,
+        bias: Optional[Tensor],
+        x: Tensor,
+        column: Optional[Tensor],
+        again: Callable[[Tensor], Tensor],
+        channel_dims: int,
+        in_place: bool,
+        watch: Optional[_Watch],
+    ) -> Tensor:
+        if in_place:
+            ctx.mark_dirty(result)
+        scaled = _scale_output(result, offset, bias, channel_dims, in_place)
+        ctx.again, ctx.channel_dims, ctx.watch = again, channel_dims, watch
+        ctx.autocast = _autocast_of(result.device.type)
+        if ctx.needs_input_grad[1]:
+            # A model may change a linear layer's output in place, and autograd's own check would refuse it: what is
+            # saved has a version counter of its own, and `watch` sees the output's.
+            ctx.save_for_backward(offset, bias, x, column, scaled.data if watch is not None else None)
+        else:
+            ctx.save_for_backward(offset, None, None, None, None)
+        return scaled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        offset, bias, x, column, kept = ctx.saved_tensors
+        grad_result = grad_offset = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_result = scale(grad, _along_channels(offset, grad, ctx.channel_dims))
+        if ctx.needs_input_grad[1]:
+            divisor = 1 + offset
+            if kept is not None and not ctx.watch.changed() and divisor.abs().min() >= SMALLEST_DIVISOR:
+                result = kept
+            else:
+                divisor = None
+                with ctx.autocast:
+                    inputs = x if column is None else scale(x, _along_channels(column, x, ctx.channel_dims))
+                    result = ctx.again(inputs)
+            grad_offset = _sum_to_channels(grad * result, ctx.channel_dims, offset.dtype)
+            if bias is not None:
+                grad_offset = grad_offset - bias * _sum_to_channels(grad, ctx.channel_dims, offset.dtype)
+            if divisor is not None:
+                grad_offset = grad_offset / divisor
+        if ctx.needs_input_grad[2]:
+            grad_bias = -offset * _sum_to_channels(grad, ctx.channel_dims, offset.dtype)
+        return grad_result, grad_offset, grad_bias, None, None, None, None, None, None
+
+
+def _autocast_of(device: str) -> AbstractContextManager:
+    """The autocast that is on now, to be on again in backward."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
