@@ -59,12 +59,12 @@ def scale_output(
         inputs: The input before it was scaled and its offset (None if it was not): what `again` is called with then.
         channel_dims: How many dimensions follow the channels.
         in_place: Whether `result` is nobody else's and may be overwritten.
-        keep: Whether the scaled output is kept for backward. Without, backward calls `again`: slower, but nothing is
-            kept that the model would not keep without this layer, except for `x`.
+        keep: Whether the scaled output is kept for backward. Without, backward calls `again`: slower, but of this layer
+            only the input is kept. (Under `torch.compile` the compiler decides.)
     """
     if again is None or _is_composite(offset, result):
-        in_place = in_place and not torch.is_grad_enabled()
-        return _scale_output(result, offset, bias, channel_dims, in_place)
+        return _scale_output(result, offset, bias, channel_dims, in_place and not torch.is_grad_enabled())
+    in_place = in_place and not result._is_view()  # autograd would have to copy the base of a view
     watch = _Watch()
     scaled = _ScaleOutput.apply(result, offset, bias, *inputs, again, channel_dims, in_place, watch if keep else None)
     watch.start(scaled)

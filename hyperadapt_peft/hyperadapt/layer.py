@@ -192,7 +192,7 @@ class Linear(HyperAdaptLayer):
             again=None if nested else lambda inputs: self.base_layer(inputs, *args, **kwargs),
             inputs=(x, column),
             channel_dims=self.channel_dims,
-            in_place=type(self.base_layer) in FRESH and not self.base_layer._forward_hooks and not result._is_view(),
+            in_place=type(self.base_layer) in FRESH and not self.base_layer._forward_hooks,
             keep=not any(self.hyperadapt_save_memory.get(name) for name in self.active_adapters),
         )
 
