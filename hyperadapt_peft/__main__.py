@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +28,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("comparison", help="a YAML file with the keys recipe, seeds, methods and output_dir")
     command.set_defaults(run=_compare)
 
+    command = commands.add_parser("bench", help="measure speed and memory of training with each method, side by side")
+    _add_model(command, "--model", default="llama")
+    command.add_argument("--rounds", type=int, default=7, help="each times one step of every method (default 7)")
+    command.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="default all; a wrong name is told which there are"
+    )
+    command.add_argument("--output-dir", default="runs/bench", help="of bench.json, bench.md and bench.png")
+    command.set_defaults(run=_bench)
+
+    command = commands.add_parser("plan", help="tell what training will need, without loading weights")
+    _add_model(command, "model")
+    command.add_argument(
+        "--tuner",
+        default="{peft_type: HYPERADAPT}",
+        help="a recipe's tuner section as YAML, for instance '{peft_type: LORA, r: 8}' (default HyperAdapt)",
+    )
+    command.set_defaults(run=_plan)
+
     args = parser.parse_args(argv)
     from .training.errors import RecipeError
 
@@ -36,6 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _add_model(command: argparse.ArgumentParser, name: str, **kwargs: Any) -> None:
+    """The options of a model that is built from its config, and of its batch."""
+    described = "a Hub id, a directory, a config.json, embedded:minilm, or llama (6 layers of width 768)"
+    command.add_argument(name, help=f"{described}; only the config is read", **kwargs)
+    command.add_argument("--task", default="causal-lm", help="the model's head, as in a recipe (default causal-lm)")
+    command.add_argument("--batch-size", type=int, default=4)
+    command.add_argument("--sequence-length", type=int, default=256, help="in tokens (default 256)")
+    command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -49,6 +78,23 @@ def _compare(args: argparse.Namespace) -> None:
     from .training.compare import compare, load, table
 
     print(table(compare(load(args.comparison))))
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from .cost.bench import METHODS, bench, table
+
+    options = _model_options(args) | {"rounds": args.rounds, "output_dir": args.output_dir}
+    print(table(bench(args.model, methods=args.methods or tuple(METHODS), **options)["rows"]))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from .cost.plan import plan
+
+    print(plan(args.model, args.tuner, **_model_options(args)))
+
+
+def _model_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {key: getattr(args, key) for key in ("task", "batch_size", "sequence_length", "dtype")}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The one exception a user's mistake ends in, and how it names what was meant."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class RecipeError(ValueError):
@@ -18,3 +19,13 @@ def nearest(word: str, options: Iterable[str]) -> str:
 def first_line(error: Exception) -> str:
     """What an exception of a library says, in one line."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def attempt(key: str, load: Callable[[], Any]) -> Any:
+    """What `load` returns; what a library says when it cannot becomes a RecipeError about `key`."""
+    try:
+        return load()
+    except RecipeError:
+        raise
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{key}: {first_line(error)}") from error

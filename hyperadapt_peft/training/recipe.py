@@ -118,6 +118,22 @@ def check(values: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
+def read_tuner(values: Mapping[str, Any] | str, task: Task) -> tuple[str, PeftConfig | None]:
+    """The type and the config that a `tuner` section, or its YAML, describes; FULL and NONE have no config.
+
+    Raises:
+        RecipeError: anything in it is wrong; the message is one line that names the key.
+    """
+    try:
+        section = yaml.safe_load(values) if isinstance(values, str) else values
+    except yaml.YAMLError as error:
+        raise RecipeError(f"tuner: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(section, Mapping):
+        raise RecipeError(f"tuner: expected keys with values, got {section!r}")
+    peft_type, config_class, tuner = _tuner(dict(section), task)
+    return peft_type, _build("tuner", config_class, tuner) if config_class else None
+
+
 def _override(values: dict[str, Any], override: str) -> None:
     """Set one `section.key=value` in place."""
     path, equals, text = override.partition("=")

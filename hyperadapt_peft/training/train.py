@@ -8,7 +8,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,7 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, Trainer, set_seed
 
 from .data import load_splits, local_path
-from .errors import RecipeError, first_line
+from .errors import RecipeError, attempt
 from .recipe import Recipe
 from .tasks import Prepared, accuracy, predict
 
@@ -45,13 +44,13 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict
     checkpoint = recipe.arguments.resume_from_checkpoint or (_last_checkpoint(output) if resume else None)
     if earlier and not (resume or overwrite or checkpoint):
         raise RecipeError(f"training.output_dir: {output} holds an earlier run; pass --resume or --overwrite")
-    source = _load("model.name", lambda: local_path(recipe.model.name))
+    source = attempt("model.name", lambda: local_path(recipe.model.name))
     prepared = _prepare(recipe, source)
 
     def base_model(seed: int) -> PreTrainedModel:
         set_seed(seed)  # of a new head
         options = {"revision": recipe.model.revision, "dtype": recipe.model.dtype, **prepared.model_options}
-        model = _load("model.name", lambda: recipe.task.auto_model.from_pretrained(source, **options))
+        model = attempt("model.name", lambda: recipe.task.auto_model.from_pretrained(source, **options))
         pad = getattr(prepared.processor, "pad_token_id", None)
         if pad is not None:
             model.config.pad_token_id = pad
@@ -102,22 +101,12 @@ def summary(results: dict[str, Any]) -> str:
 def _prepare(recipe: Recipe, source: str) -> Prepared:
     """The data of the recipe, encoded for its model; the Trainer's arguments are told what that needs."""
     splits = load_splits(recipe.data)
-    prepared = _load("model.name", lambda: recipe.task.prepare(recipe.data, splits, source, recipe.model.revision))
+    prepared = attempt("model.name", lambda: recipe.task.prepare(recipe.data, splits, source, recipe.model.revision))
     if prepared.keep_columns:
         recipe.arguments.remove_unused_columns = False
     if recipe.arguments.label_names is None:
         recipe.arguments.label_names = ["labels"]  # the Trainer cannot see it through every PEFT model
     return prepared
-
-
-def _load(key: str, load: Callable[[], Any]) -> Any:
-    """What `load` returns; what transformers says when it cannot becomes a RecipeError about `key`."""
-    try:
-        return load()
-    except RecipeError:
-        raise
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{key}: {first_line(error)}") from error
 
 
 def _adapted(recipe: Recipe, model: PreTrainedModel, prepared: Prepared) -> PreTrainedModel | PeftModel:
@@ -130,7 +119,7 @@ def _adapted(recipe: Recipe, model: PreTrainedModel, prepared: Prepared) -> PreT
         return model
     if head and config.task_type is None and getattr(config, "modules_to_save", ()) is None:
         config.modules_to_save = head  # type: ignore[attr-defined]  # with a task type PEFT does so itself
-    adapted = _load("tuner", lambda: get_peft_model(model, config))
+    adapted = attempt("tuner", lambda: get_peft_model(model, config))
     if head and not any(_is_in(head, name) and ".modules_to_save." in name for name, _ in adapted.named_parameters()):
         raise RecipeError(f"tuner.modules_to_save: expected the classification head, {' and '.join(head)}")
     return adapted
@@ -161,7 +150,7 @@ def _trainer(recipe: Recipe, model: PreTrainedModel | PeftModel, prepared: Prepa
         compute_metrics=accuracy,
         preprocess_logits_for_metrics=predict,
     )
-    return _load("training", create)
+    return attempt("training", create)
 
 
 def _fit(

@@ -1,0 +1,1 @@
+"""What training with a method costs: measured beside others (`hyperadapt bench`), or planned (`hyperadapt plan`)."""
