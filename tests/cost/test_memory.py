@@ -77,7 +77,7 @@ def test_the_size_of_a_safetensors_file(tmp_path, padding):
     state = {
         "z" * (padding + 1): torch.ones(3, 5),
         "a.é": torch.ones(2, 2, dtype=torch.bfloat16),
-        "flags": torch.ones(3, dtype=torch.bool),
+        "a.flags": torch.ones(20_000, dtype=torch.bool),
         "count": torch.tensor(7),
         "empty": torch.ones(0),
         "b": torch.ones(1000),
