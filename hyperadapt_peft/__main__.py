@@ -71,7 +71,10 @@ def _train(args: argparse.Namespace) -> None:
     from .training.recipe import load
     from .training.train import summary, train
 
-    print(summary(train(load(args.recipe, args.overrides), args.resume, args.overwrite)))
+    recipe = load(args.recipe, args.overrides)
+    results = train(recipe, args.resume, args.overwrite)
+    if recipe.arguments.process_index == 0:
+        print(summary(results))
 
 
 def _compare(args: argparse.Namespace) -> None:

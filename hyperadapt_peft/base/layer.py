@@ -35,8 +35,13 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._state_before_merge: Any = None
         self.cast_input_dtype_enabled = True  # read by peft.helpers.disable_input_dtype_casting
-        _refuse_tensor_parallel(self.get_base_layer())
-        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        inner: Any = self.get_base_layer()
+        _refuse_tensor_parallel(inner)
+        # PEFT takes the shard's sizes where FSDP2's mesh is not called "fsdp", but the layer is called with the whole
+        sizes = (
+            (inner.in_features, inner.out_features) if isinstance(inner, nn.Linear) else _get_in_out_features(inner)
+        )
+        in_features, out_features = sizes
         if in_features is None or out_features is None:
             raise TypeError(f"Unsupported layer type {type(self.get_base_layer())}")
         self.in_features, self.out_features = in_features, out_features
@@ -182,8 +187,9 @@ class TargetLayer(nn.Module, BaseTunerLayer):
 
 
 def _refuse_tensor_parallel(base_layer: nn.Module) -> None:
+    # FSDP2's meshes have no names, or "fsdp" (transformers), "dp_shard_cp" and "dp_replicate" (accelerate)
     mesh = getattr(getattr(base_layer, "weight", None), "device_mesh", None)
-    if mesh is not None and not set(mesh.mesh_dim_names or ()) <= {"fsdp"}:
+    if mesh is not None and "tp" in (mesh.mesh_dim_names or ()):
         raise NotImplementedError(
             f"{type(base_layer).__name__} is sharded by tensor parallelism, which hyperadapt_peft does not support: an "
             "adapter saved from it would hold one shard. Load the base model without a tensor-parallel plan."

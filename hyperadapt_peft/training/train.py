@@ -44,8 +44,9 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict
     checkpoint = recipe.arguments.resume_from_checkpoint or (_last_checkpoint(output) if resume else None)
     if earlier and not (resume or overwrite or checkpoint):
         raise RecipeError(f"training.output_dir: {output} holds an earlier run; pass --resume or --overwrite")
-    source = attempt("model.name", lambda: local_path(recipe.model.name))
-    prepared = _prepare(recipe, source)
+    with recipe.arguments.main_process_first():  # which downloads and encodes; the others read its caches
+        source = attempt("model.name", lambda: local_path(recipe.model.name))
+        prepared = _prepare(recipe, source)
 
     def base_model(seed: int) -> PreTrainedModel:
         set_seed(seed)  # of a new head
@@ -58,7 +59,7 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict
 
     model = _adapted(recipe, base_model(recipe.arguments.seed), prepared)
     trainer = _trainer(recipe, model, prepared)
-    if overwrite:
+    if overwrite and recipe.arguments.should_save:
         for path in earlier:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     adapter = output / "adapter"
@@ -76,7 +77,8 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict
     results["versions"] = {"python": platform.python_version()}
     for package in ("hyperadapt_peft", "peft", "transformers", "accelerate", "datasets", "torch"):
         results["versions"][package] = version(package)
-    _write(output / "metrics.json", json.dumps(results, indent=2) + "\n")
+    if recipe.arguments.should_save:
+        _write(output / "metrics.json", json.dumps(results, indent=2) + "\n")
     if not _same(results["after"], results["reloaded"]):
         raise RuntimeError(f"{adapter} does not evaluate as it did when it was saved; see metrics.json beside it")
     return results
@@ -150,7 +152,12 @@ def _trainer(recipe: Recipe, model: PreTrainedModel | PeftModel, prepared: Prepa
         compute_metrics=accuracy,
         preprocess_logits_for_metrics=predict,
     )
-    return attempt("training", create)
+    trainer = attempt("training", create)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise RecipeError("training: FSDP and DeepSpeed evaluate only what they train, so use this command with DDP")
+    # group_by_length draws its order from torch's own generator, which dropout on a CPU moves apart between processes
+    trainer.accelerator.rng_types.append("torch")
+    return trainer
 
 
 def _fit(
@@ -158,15 +165,20 @@ def _fit(
 ) -> dict[str, Any]:
     """Evaluate, train, evaluate, save to `adapter`; the part of the results known by then."""
     before = _evaluate(trainer, prepared)
+    if trainer.args.world_size > 1:
+        # accelerate would take the model for one that is wrapped already, and every process would train on its own
+        trainer.model._is_accelerate_prepared = False  # type: ignore[assignment]
     done = trainer.train(resume_from_checkpoint=checkpoint)
     after = _evaluate(trainer, prepared)
-    with tempfile.TemporaryDirectory(dir=adapter.parent) as temporary:
-        saved = Path(temporary, "adapter")
-        model.save_pretrained(str(saved))
-        prepared.processor.save_pretrained(saved)
-        if adapter.exists():
-            shutil.rmtree(adapter)
-        saved.replace(adapter)
+    if trainer.args.should_save:
+        with tempfile.TemporaryDirectory(dir=adapter.parent) as temporary:
+            saved = Path(temporary, "adapter")
+            model.save_pretrained(str(saved))
+            prepared.processor.save_pretrained(saved)
+            if adapter.exists():
+                shutil.rmtree(adapter)
+            saved.replace(adapter)
+    trainer.accelerator.wait_for_everyone()
     head = _head(model, prepared)
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     return {
