@@ -25,6 +25,8 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         NotImplementedError: If the layer's weight is sharded by tensor parallelism.
     """
 
+    parameter_name = "weight"  # of the base layer's parameter that is adapted
+
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -35,11 +37,20 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._state_before_merge: Any = None
         self.cast_input_dtype_enabled = True  # read by peft.helpers.disable_input_dtype_casting
-        _refuse_tensor_parallel(self.get_base_layer())
+        _refuse_tensor_parallel(self.get_base_layer(), self.parameter_name)
+        self.in_features, self.out_features = self.base_sizes()
+
+    def base_sizes(self) -> tuple[int, int]:
+        """Return the base layer's numbers of inputs and outputs."""
         in_features, out_features = _get_in_out_features(self.get_base_layer())
         if in_features is None or out_features is None:
             raise TypeError(f"Unsupported layer type {type(self.get_base_layer())}")
-        self.in_features, self.out_features = in_features, out_features
+        return in_features, out_features
+
+    @property
+    def base_parameter(self) -> torch.Tensor:
+        """The base layer's parameter that is adapted."""
+        return self.weight
 
     def adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output with the active adapters."""
@@ -95,17 +106,20 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         adapter_names = self._adapters_to_merge(adapter_names)
         if not adapter_names:
             return
-        inner: Any = self.base_layer
-        if isinstance(inner, BaseTunerLayer):  # its adapters are part of the weight adapted here
-            inner.merge(safe_merge=safe_merge)
+        self._merge_inner(safe_merge)
         merged = self._merged_weight(adapter_names, check=safe_merge)
         if self._state_before_merge is None:
             self._state_before_merge = self._save_state()
         if self.quantization_backend is None:
-            self.weight.data.copy_(merged)
+            self.base_parameter.data.copy_(merged)
         else:
             self.set_base_weight(merged)
         self.merged_adapters.extend(adapter_names)
+
+    def _merge_inner(self, safe_merge: bool) -> None:
+        inner: Any = self.base_layer
+        if isinstance(inner, BaseTunerLayer):  # its adapters are part of the weight adapted here
+            inner.merge(safe_merge=safe_merge)
 
     def unmerge(self) -> None:
         """Put back the base weight from before the first merge, bit by bit."""
@@ -143,7 +157,7 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         if self._state_before_merge is None:
             return self.get_base_weight()
         if self.quantization_backend is None:
-            return self._state_before_merge.to(self.weight.device)
+            return self._state_before_merge.to(self.base_parameter.device)
         base_layer, attributes = self._state_before_merge
         unmerged = object.__new__(type(base_layer))
         unmerged.__dict__.update(attributes)
@@ -160,7 +174,7 @@ class TargetLayer(nn.Module, BaseTunerLayer):
 
     def _save_state(self) -> Any:
         if self.quantization_backend is None:
-            return self.weight.data.to("cpu", copy=True)
+            return self.base_parameter.data.to("cpu", copy=True)
         base_layer = self.get_base_layer()
         # Backends replace the weight, or the layer, with new objects: the old ones stay valid and need no copy.
         attributes = {**base_layer.__dict__, "_parameters": dict(base_layer._parameters)}
@@ -170,7 +184,7 @@ class TargetLayer(nn.Module, BaseTunerLayer):
 
     def _restore_state(self, state: Any) -> None:
         if self.quantization_backend is None:
-            self.weight.data.copy_(state)
+            self.base_parameter.data.copy_(state)
             return
         base_layer, attributes = state
         base_layer.__dict__.clear()
@@ -181,8 +195,8 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         return quantization_extra_repr(self)
 
 
-def _refuse_tensor_parallel(base_layer: nn.Module) -> None:
-    mesh = getattr(getattr(base_layer, "weight", None), "device_mesh", None)
+def _refuse_tensor_parallel(base_layer: nn.Module, parameter_name: str) -> None:
+    mesh = getattr(getattr(base_layer, parameter_name, None), "device_mesh", None)
     if mesh is not None and not set(mesh.mesh_dim_names or ()) <= {"fsdp"}:
         raise NotImplementedError(
             f"{type(base_layer).__name__} is sharded by tensor parallelism, which hyperadapt_peft does not support: an "

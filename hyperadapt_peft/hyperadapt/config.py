@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Optional
 
-from ..base.config import TargetConfig, one_of
+from ..base.config import TargetConfig, names_or_regex, one_of
 from ..registration import add_peft_type
 
 
@@ -16,6 +16,12 @@ class HyperAdaptConfig(TargetConfig):
     Args:
         sides (`Literal["both", "row", "column"]`):
             Which scales are trained: of an n x m weight the n of its rows, the m of its columns, or (default) both.
+        target_parameters (`Optional[list[str]]`):
+            The names, or their endings, of parameters to adapt that are not the weight of a supported layer, such as
+            `"experts.gate_up_proj"`: matrices, or (E, n, m) of fused experts, which get scales for each expert. With
+            `None`, the default, the weights of fused experts and of their routers are adapted where `target_modules`
+            asks for them: by `None` or `"all-linear"`, or by the names that their linear layers had before transformers
+            fused them (`"w1"`, `"w2"`, `"w3"`, `"gate_proj"`, ...). `[]` leaves them out.
 
     All other fields, and what is raised, are those of [`TargetConfig`]. Source: arXiv 2509.18629.
     """
@@ -24,8 +30,18 @@ class HyperAdaptConfig(TargetConfig):
         default="both",
         metadata={"help": "Train the scales of the weight's rows, of its columns, or of both."},
     )
+    target_parameters: Optional[list[str]] = field(
+        default=None,
+        metadata={
+            "help": "Names of parameters to adapt, such as those of fused experts. None means those that "
+            "`target_modules` asks for, [] none."
+        },
+    )
 
     def __post_init__(self):
         self.peft_type = add_peft_type("HYPERADAPT")
         super().__post_init__()
         one_of(self.sides, "sides", ("both", "row", "column"))
+        if isinstance(self.target_parameters, str):
+            raise TypeError("`target_parameters` must be a list of strings or None.")
+        names_or_regex(self.target_parameters, "target_parameters")
