@@ -11,6 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 
+from .quantization import dequantized
+
 
 class TargetLayer(nn.Module, BaseTunerLayer):
     """A base layer with adapters. Sub-classes say what an adapter adds: `update_layer`, `adapted_forward`,
@@ -158,10 +160,16 @@ class TargetLayer(nn.Module, BaseTunerLayer):
             return self.get_base_weight()
         if self.quantization_backend is None:
             return self._state_before_merge.to(self.base_parameter.device)
-        base_layer, attributes = self._state_before_merge
+        base_layer, attributes, _ = self._state_before_merge
         unmerged = object.__new__(type(base_layer))
         unmerged.__dict__.update(attributes)
-        return self.quantization_backend.get_base_weight(unmerged)
+        return dequantized(self.quantization_backend, unmerged)
+
+    def get_base_weight(self) -> torch.Tensor:
+        """Return the base layer's weight as it is now, dequantized if it is quantized."""
+        if self.quantization_backend is None:
+            return self.base_parameter.data
+        return dequantized(self.quantization_backend, self.get_base_layer())
 
     def _merged_weight(self, adapter_names: list[str], check: bool) -> torch.Tensor:
         weight = self._weight_before_merge()
@@ -180,16 +188,22 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         attributes = {**base_layer.__dict__, "_parameters": dict(base_layer._parameters)}
         if "state" in attributes:  # bitsandbytes 8 bit
             attributes["state"] = copy.copy(attributes["state"])
-        return base_layer, attributes
+        weight: Any = getattr(base_layer, "weight", None)
+        # PEFT's backend for bitsandbytes 4 bit changes the old weight's attributes on its way to the new one
+        return base_layer, attributes, dict(vars(weight)) if hasattr(weight, "quant_state") else None
 
     def _restore_state(self, state: Any) -> None:
         if self.quantization_backend is None:
             self.base_parameter.data.copy_(state)
             return
-        base_layer, attributes = state
+        base_layer, attributes, weight_attributes = state
         base_layer.__dict__.clear()
         base_layer.__dict__.update(attributes)
-        self.base_layer = base_layer
+        if weight_attributes is not None:
+            vars(base_layer.weight).clear()
+            vars(base_layer.weight).update(weight_attributes)
+        if self.get_base_layer() is not base_layer:  # a backend may replace the layer
+            self.base_layer = base_layer
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)

@@ -75,9 +75,6 @@ class ParamWrapper(HyperAdaptLayer):
         out_features, in_features = reversed(shape[-2:]) if self.is_transposed else shape[-2:]
         return in_features, out_features
 
-    def get_base_weight(self) -> torch.Tensor:
-        return self.base_parameter.data
-
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         return self.base_parameter.device, self.base_parameter.dtype
 
