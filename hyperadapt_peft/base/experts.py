@@ -55,15 +55,15 @@ def fused_targets(config: TargetConfig, model: nn.Module) -> dict[FusedWeight, l
     """Return the fused weights that a config asks for, each with those of their layers that it leaves out.
 
     Args:
-        config: A tuner's config. `target_modules="all-linear"` asks for all weights, names and regular expressions for
-            those whose layers they matched before they were fused. Exclusions and `layers_to_transform` hold.
+        config: A tuner's config. `target_modules` asks for all weights if it is None or "all-linear", else for those
+            whose layers it matched before they were fused. Exclusions and `layers_to_transform` hold.
         model: The model.
     """
     asked = {}
     for weight in fused_weights(model):
         if not is_selected(config, weight.owner) or not is_selected(config, weight.name):
             continue
-        if config.target_modules == "all-linear":
+        if config.target_modules in (None, "all-linear"):
             asked[weight] = []
             continue
         for layers in weight.layers:

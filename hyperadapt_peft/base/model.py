@@ -65,7 +65,7 @@ class TargetModel(BaseTuner):
         """Return the full names of all linear layers but the output head, as PEFT finds them."""
         found: Any = SimpleNamespace(target_modules="all-linear", task_type=config.task_type)
         _maybe_include_all_linear_layers(found, self.model)
-        routers = {weight.owner for weight in fused_weights(self.model)}  # some are linear layers, but not in what they return
+        routers = {weight.owner for weight in fused_weights(self.model)}  # Llama 4's looks like a linear layer
         return {name for name in found.target_modules if name.partition(".")[0] not in _HEADS} - routers
 
     def _prepare_adapter_config(self, peft_config: TargetConfig, model_config: dict) -> TargetConfig:  # type: ignore[override]

@@ -21,7 +21,8 @@ class HyperAdaptConfig(TargetConfig):
             `"experts.gate_up_proj"`: matrices, or (E, n, m) of fused experts, which get scales for each expert. With
             `None`, the default, the weights of fused experts and of their routers are adapted where `target_modules`
             asks for them: by `None` or `"all-linear"`, or by the names that their linear layers had before transformers
-            fused them (`"w1"`, `"w2"`, `"w3"`, `"gate_proj"`, ...). `[]` leaves them out.
+            fused them (`"w1"`, `"w2"`, `"w3"`, `"gate_proj"`, ...). `[]` leaves them out. Where it names parameters and
+            `target_modules` is `None`, only these are adapted.
 
     All other fields, and what is raised, are those of [`TargetConfig`]. Source: arXiv 2509.18629.
     """

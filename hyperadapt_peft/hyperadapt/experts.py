@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
@@ -38,12 +39,18 @@ class ParamWrapper(HyperAdaptLayer):
         parameter_name (`str`): The parameter.
 
     Raises:
-        ValueError: If the parameter has not 2 or 3 dimensions, or is quantized.
+        ValueError: If the parameter has not 2 or 3 dimensions or is quantized, or its module has other adapters.
     """
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: HyperAdaptConfig, *, parameter_name: str, **kwargs: Any
     ) -> None:
+        is_foreign = isinstance(base_layer, BaseTunerLayer) and not isinstance(base_layer, ParamWrapper)
+        if is_foreign:
+            raise ValueError(
+                f"Target parameter {parameter_name} is not supported: its module is adapted already, as a "
+                f"{type(base_layer).__module__}.{type(base_layer).__qualname__}."
+            )
         self.parameter_name = parameter_name
         super().__init__(base_layer, adapter_name, config, **kwargs)
 
@@ -112,7 +119,7 @@ class ParamWrapper(HyperAdaptLayer):
             return super().combined_offsets(adapter_names, combine)
         adapters = [self.get_offsets(name) for name in adapter_names]
         experts = [
-            combine([(row if row is None else row[i], column if column is None else column[i]) for row, column in adapters])
+            combine([tuple(None if side is None else side[i] for side in offsets) for offsets in adapters])
             for i in range(*self.stack_shape)
         ]
         row, column = (None if side[0] is None else torch.stack(side) for side in zip(*experts, strict=True))

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Optional, cast
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -66,6 +65,8 @@ class HyperAdaptModel(TargetModel):
         return Linear if backend is not None and backend.layer_type == "linear" else None
 
     def _prepare_adapter_config(self, peft_config: HyperAdaptConfig, model_config: dict) -> HyperAdaptConfig:  # type: ignore[override]
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            peft_config.target_modules = set()  # what is named is all that is adapted
         all_linear = peft_config.target_modules in (None, "all-linear")
         if peft_config.target_parameters is None:
             peft_config.target_parameters = self._fused_targets(peft_config, all_linear)
@@ -77,7 +78,7 @@ class HyperAdaptModel(TargetModel):
 
     def _fused_targets(self, config: HyperAdaptConfig, all_linear: bool) -> list[str]:
         """Return the parameters that stand for target modules, and drop those modules from `config`."""
-        asked = fused_targets(replace(config, target_modules="all-linear") if all_linear else config, self.model)
+        asked = fused_targets(config, self.model)
         for weight, missing in asked.items():
             if missing:
                 raise ValueError(
@@ -104,9 +105,7 @@ class HyperAdaptModel(TargetModel):
 
     def _check_parameters(self, module: nn.Module, owner: str, names: list[str], config: HyperAdaptConfig) -> None:
         adapted = []
-        while isinstance(module, BaseTunerLayer):
-            if not isinstance(module, ParamWrapper):
-                raise ValueError(f"{owner}, whose {names[0]} is targeted, is adapted already, as a {type(module)}.")
+        while isinstance(module, ParamWrapper):
             adapted.append(module.parameter_name)
             module = module.base_layer
         if adapted and set(adapted) != set(names):
@@ -115,7 +114,7 @@ class HyperAdaptModel(TargetModel):
                 f"Of the parameters of one module, all adapters must target the same set of parameters: {owner} has "
                 f"adapters of {', '.join(sorted(adapted))}, and the new adapter targets {', '.join(sorted(names))}."
             )
-        for name in names:
+        for name in names:  # raises what it would raise later
             ParamWrapper(module, "check", replace(config, inference_mode=True), parameter_name=name)
 
     def add_weighted_adapter(

@@ -69,7 +69,7 @@ def adapted(path, quantization, config):
     torch.manual_seed(2)
     model = get_peft_model(load(path, quantization), config(init_weights=False))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.mul_(0.2)
     return model.eval()
@@ -163,7 +163,9 @@ def test_train_save_load(path, quantization, config, batch, tmp_path):
 def test_merge_is_the_formula_and_unmerge_exact(path, quantization, config, batch):
     model = adapted(path, quantization, config)
     out, before = logits(model, batch), base_state(model)
-    expected = {key: layer.adapted_weight(layer.get_base_weight(), ["default"]) for key, layer in layers(model).items()}
+    expected = {
+        key: layer.adapted_weight(layer.get_base_weight(), ["default"]) for key, layer in layers(model).items()
+    }
     deltas = {key: layer.get_delta_weight("default") for key, layer in layers(model).items()}
     for key, layer in layers(model).items():
         torch.testing.assert_close(layer.get_base_weight() + deltas[key], expected[key].to(deltas[key].dtype))
