@@ -11,6 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 
+from .quantization import dequantized
+
 
 class TargetLayer(nn.Module, BaseTunerLayer):
     """A base layer with adapters. Sub-classes say what an adapter adds: `update_layer`, `adapted_forward`,
@@ -25,6 +27,8 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         NotImplementedError: If the layer's weight is sharded by tensor parallelism.
     """
 
+    parameter_name = "weight"  # of the base layer's parameter that is adapted
+
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -35,16 +39,24 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._state_before_merge: Any = None
         self.cast_input_dtype_enabled = True  # read by peft.helpers.disable_input_dtype_casting
-        inner: Any = self.get_base_layer()
-        _refuse_tensor_parallel(inner)
-        # PEFT takes the shard's sizes where FSDP2's mesh is not called "fsdp", but the layer is called with the whole
-        sizes = (
-            (inner.in_features, inner.out_features) if isinstance(inner, nn.Linear) else _get_in_out_features(inner)
-        )
-        in_features, out_features = sizes
+        _refuse_tensor_parallel(self.get_base_layer(), self.parameter_name)
+        self.in_features, self.out_features = self.base_sizes()
+
+    def base_sizes(self) -> tuple[int, int]:
+        """Return the base layer's numbers of inputs and outputs."""
+        base_layer: Any = self.get_base_layer()
+        if isinstance(base_layer, nn.Linear):
+            # PEFT takes the shard's sizes where FSDP2's mesh is not called "fsdp", but the layer is called with the whole
+            return base_layer.in_features, base_layer.out_features
+        in_features, out_features = _get_in_out_features(base_layer)
         if in_features is None or out_features is None:
-            raise TypeError(f"Unsupported layer type {type(self.get_base_layer())}")
-        self.in_features, self.out_features = in_features, out_features
+            raise TypeError(f"Unsupported layer type {type(base_layer)}")
+        return in_features, out_features
+
+    @property
+    def base_parameter(self) -> torch.Tensor:
+        """The base layer's parameter that is adapted."""
+        return self.weight
 
     def adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output with the active adapters."""
@@ -100,17 +112,20 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         adapter_names = self._adapters_to_merge(adapter_names)
         if not adapter_names:
             return
-        inner: Any = self.base_layer
-        if isinstance(inner, BaseTunerLayer):  # its adapters are part of the weight adapted here
-            inner.merge(safe_merge=safe_merge)
+        self._merge_inner(safe_merge)
         merged = self._merged_weight(adapter_names, check=safe_merge)
         if self._state_before_merge is None:
             self._state_before_merge = self._save_state()
         if self.quantization_backend is None:
-            self.weight.data.copy_(merged)
+            self.base_parameter.data.copy_(merged)
         else:
             self.set_base_weight(merged)
         self.merged_adapters.extend(adapter_names)
+
+    def _merge_inner(self, safe_merge: bool) -> None:
+        inner: Any = self.base_layer
+        if isinstance(inner, BaseTunerLayer):  # its adapters are part of the weight adapted here
+            inner.merge(safe_merge=safe_merge)
 
     def unmerge(self) -> None:
         """Put back the base weight from before the first merge, bit by bit."""
@@ -148,11 +163,17 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         if self._state_before_merge is None:
             return self.get_base_weight()
         if self.quantization_backend is None:
-            return self._state_before_merge.to(self.weight.device)
-        base_layer, attributes = self._state_before_merge
+            return self._state_before_merge.to(self.base_parameter.device)
+        base_layer, attributes, _ = self._state_before_merge
         unmerged = object.__new__(type(base_layer))
         unmerged.__dict__.update(attributes)
-        return self.quantization_backend.get_base_weight(unmerged)
+        return dequantized(self.quantization_backend, unmerged)
+
+    def get_base_weight(self) -> torch.Tensor:
+        """Return the base layer's weight as it is now, dequantized if it is quantized."""
+        if self.quantization_backend is None:
+            return self.base_parameter.data
+        return dequantized(self.quantization_backend, self.get_base_layer())
 
     def _merged_weight(self, adapter_names: list[str], check: bool) -> torch.Tensor:
         weight = self._weight_before_merge()
@@ -165,30 +186,36 @@ class TargetLayer(nn.Module, BaseTunerLayer):
 
     def _save_state(self) -> Any:
         if self.quantization_backend is None:
-            return self.weight.data.to("cpu", copy=True)
+            return self.base_parameter.data.to("cpu", copy=True)
         base_layer = self.get_base_layer()
         # Backends replace the weight, or the layer, with new objects: the old ones stay valid and need no copy.
         attributes = {**base_layer.__dict__, "_parameters": dict(base_layer._parameters)}
         if "state" in attributes:  # bitsandbytes 8 bit
             attributes["state"] = copy.copy(attributes["state"])
-        return base_layer, attributes
+        weight: Any = getattr(base_layer, "weight", None)
+        # PEFT's backend for bitsandbytes 4 bit changes the old weight's attributes on its way to the new one
+        return base_layer, attributes, dict(vars(weight)) if hasattr(weight, "quant_state") else None
 
     def _restore_state(self, state: Any) -> None:
         if self.quantization_backend is None:
-            self.weight.data.copy_(state)
+            self.base_parameter.data.copy_(state)
             return
-        base_layer, attributes = state
+        base_layer, attributes, weight_attributes = state
         base_layer.__dict__.clear()
         base_layer.__dict__.update(attributes)
-        self.base_layer = base_layer
+        if weight_attributes is not None:
+            vars(base_layer.weight).clear()
+            vars(base_layer.weight).update(weight_attributes)
+        if self.get_base_layer() is not base_layer:  # a backend may replace the layer
+            self.base_layer = base_layer
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
 
 
-def _refuse_tensor_parallel(base_layer: nn.Module) -> None:
+def _refuse_tensor_parallel(base_layer: nn.Module, parameter_name: str) -> None:
     # FSDP2's meshes have no names, or "fsdp" (transformers), "dp_shard_cp" and "dp_replicate" (accelerate)
-    mesh = getattr(getattr(base_layer, "weight", None), "device_mesh", None)
+    mesh = getattr(getattr(base_layer, parameter_name, None), "device_mesh", None)
     if mesh is not None and "tp" in (mesh.mesh_dim_names or ()):
         raise NotImplementedError(
             f"{type(base_layer).__name__} is sharded by tensor parallelism, which hyperadapt_peft does not support: an "

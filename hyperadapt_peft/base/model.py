@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar, Optional
 
@@ -19,13 +19,13 @@ from peft.tuners.tuners_utils import (
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
     _maybe_include_all_linear_layers,
-    check_target_module_exists,
     onload_layer,
 )
 from peft.utils import get_quantization_kwargs
 from torch import nn
 
 from .config import TargetConfig
+from .experts import fused_weights, is_selected
 from .layer import TargetLayer
 from .loading import check_tensors
 from .mixed_batch import adapter_names_hooks
@@ -50,6 +50,7 @@ class TargetModel(BaseTuner):
 
     target_module_mapping: dict[str, Any] = {}  # noqa: RUF012  (None means every linear layer)
     supported_layers: ClassVar[str]  # named when another kind of layer is refused
+    parameter_layer_cls: ClassVar[Optional[type[TargetLayer]]] = None  # of targeted parameters, if they can be
 
     @staticmethod
     def layer_class_for(base_layer: nn.Module) -> Optional[type[TargetLayer]]:
@@ -64,7 +65,8 @@ class TargetModel(BaseTuner):
         """Return the full names of all linear layers but the output head, as PEFT finds them."""
         found: Any = SimpleNamespace(target_modules="all-linear", task_type=config.task_type)
         _maybe_include_all_linear_layers(found, self.model)
-        return {name for name in found.target_modules if name.partition(".")[0] not in _HEADS}
+        routers = {weight.owner for weight in fused_weights(self.model)}  # Llama 4's looks like a linear layer
+        return {name for name in found.target_modules if name.partition(".")[0] not in _HEADS} - routers
 
     def _prepare_adapter_config(self, peft_config: TargetConfig, model_config: dict) -> TargetConfig:  # type: ignore[override]
         if peft_config.target_modules is None or peft_config.target_modules == "all-linear":
@@ -72,23 +74,18 @@ class TargetModel(BaseTuner):
             if uncalled := {name for name in names if _is_read_uncalled(self.model, _parent(self.model, name), name)}:
                 warnings.warn(f"Not adapted, because their parents read their weights uncalled: {sorted(uncalled)}")
             names -= uncalled
-            if peft_config.layers_to_transform is not None:  # PEFT counts layers for endings only, not for full names
-                names = {name for name in names if _ending_matches(peft_config, name)}
+            if peft_config.layers_to_transform is not None:
+                names = {name for name in names if is_selected(peft_config, name)}
             peft_config.target_modules = names
         return peft_config
 
     def _prepare_model(self, peft_config: TargetConfig, model: nn.Module) -> None:  # type: ignore[override]
         # refuse before the first layer is replaced, so that an error leaves the model as it was
-        inside_tuner_layer: tuple[str, ...] = ()
-        for key, module in model.named_modules():
-            if not key or key.startswith(inside_tuner_layer or ("\0",)):
-                continue
-            if isinstance(module, BaseTunerLayer):
-                inside_tuner_layer += (f"{key}.",)
+        for key, module in outer_modules(model):
             if self._check_target_module_exists(peft_config, key):
                 _layer_class(peft_config, module, model, _parent(model, key), key)
 
-    def _create_and_replace(  # type: ignore[override]  # no `parameter_name`: modules are targeted, not parameters
+    def _create_and_replace(  # type: ignore[override]
         self,
         config: TargetConfig,
         adapter_name: str,
@@ -96,14 +93,21 @@ class TargetModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        *,
+        parameter_name: Optional[str] = None,
     ) -> None:
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
         # `self` may be a MixedModel, so nothing of our own is looked up on it
-        if isinstance(target, _tuner(config).tuner_layer_cls):
-            target.update_layer(adapter_name, config)  # type: ignore[operator]
+        tuner: Any = _tuner(config)
+        if isinstance(target, tuner.tuner_layer_cls) and parameter_name in (None, target.parameter_name):
+            target.update_layer(adapter_name, config)
             return
-        layer_cls: Any = _layer_class(config, target, self.model, parent, current_key)
+        layer_cls: Any
+        if parameter_name is None:
+            layer_cls = _layer_class(config, target, self.model, parent, current_key)
+        else:
+            layer_cls = partial(tuner.parameter_layer_cls, parameter_name=parameter_name)
         new_module = layer_cls(target, adapter_name, config, **get_quantization_kwargs(self.model))
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # an additional adapter is not trained before it is set
@@ -173,6 +177,17 @@ class TargetModel(BaseTuner):
                         raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
 
+def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the names and modules that PEFT compares with `target_modules`: those that are not inside tuner layers."""
+    inside_tuner_layer: tuple[str, ...] = ()
+    for key, module in model.named_modules():
+        if not key or key.startswith(inside_tuner_layer or ("\0",)):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside_tuner_layer += (f"{key}.",)
+        yield key, module
+
+
 def _layer_class(
     config: TargetConfig, target: nn.Module, model: nn.Module, parent: nn.Module, key: str
 ) -> type[TargetLayer]:
@@ -200,11 +215,6 @@ def _is_read_uncalled(model: nn.Module, parent: nn.Module, key: str) -> bool:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     in_mamba_kernel = model_type in _MAMBA_TYPES and key.rpartition(".")[2] in _MAMBA_CHILDREN
     return in_mamba_kernel or isinstance(parent, _READING_PARENTS)
-
-
-def _ending_matches(config: TargetConfig, name: str) -> bool:
-    ending = replace(config, target_modules=[name.rpartition(".")[2]])
-    return bool(check_target_module_exists(ending, name))
 
 
 def _parent(model: nn.Module, key: str) -> nn.Module:

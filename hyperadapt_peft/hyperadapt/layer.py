@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
@@ -12,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base import TargetLayer
 from ..base.mixed_batch import BatchNames
+from .algebra import Offsets
 from .config import HyperAdaptConfig
 from .functional import scale, scale_input, scale_output
 
@@ -27,12 +29,12 @@ class Scale(nn.Module):
     values mean the identity. It is a module so that FSDP, ZeRO and offloading, which act on modules' forwards, see it.
 
     Args:
-        size (`int`): The number of rows or columns.
+        *shape (`int`): The number of rows or columns, after the number of matrices if there are several.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size))
+        self.weight = nn.Parameter(torch.zeros(shape))
 
     def forward(self) -> torch.Tensor:
         return self.weight.clone()  # sharded engines free the weight after this call
@@ -64,14 +66,19 @@ class HyperAdaptLayer(TargetLayer):
     def num_columns(self) -> int:
         return self.in_features
 
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """The shape of what is before rows and columns: () of one matrix, (E,) of E matrices."""
+        return ()
+
     def update_layer(self, adapter_name: str, config: HyperAdaptConfig) -> None:
         """Add an adapter, at the identity unless `config.init_weights` is False."""
         self.hyperadapt_strength[adapter_name] = 1.0
         self.hyperadapt_save_memory[adapter_name] = config.save_memory
         if config.sides != "column":
-            self.hyperadapt_row[adapter_name] = Scale(self.num_rows)
+            self.hyperadapt_row[adapter_name] = Scale(*self.stack_shape, self.num_rows)
         if config.sides != "row":
-            self.hyperadapt_column[adapter_name] = Scale(self.num_columns)
+            self.hyperadapt_column[adapter_name] = Scale(*self.stack_shape, self.num_columns)
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -87,11 +94,15 @@ class HyperAdaptLayer(TargetLayer):
         if adapter_name in self.hyperadapt_strength:
             self.hyperadapt_strength[adapter_name] = scale
 
-    def get_offsets(self, adapter_name: str) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
+    def get_offsets(self, adapter_name: str) -> Offsets:
         """Return an adapter's offsets from 1 of rows (n,) and columns (m,), detached; None where it has none."""
         pair = (self.hyperadapt_row, self.hyperadapt_column)
         row, column = (scales[adapter_name]().detach() if adapter_name in scales else None for scales in pair)
         return row, column
+
+    def combined_offsets(self, adapter_names: list[str], combine: Callable[[list[Offsets]], Offsets]) -> Offsets:
+        """Return what a function of `algebra` makes of the offsets of some adapters."""
+        return combine([self.get_offsets(name) for name in adapter_names])
 
     def add_offsets(
         self,
@@ -140,11 +151,12 @@ class HyperAdaptLayer(TargetLayer):
 
     def scale_weight(self, weight: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Return `weight` with its rows times `row` and its columns times `column`."""
-        return weight * row[:, None] * column
+        return weight * row[..., :, None] * column[..., None, :]
 
     def adapted_weight(self, weight: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        row, column = weight.new_ones(self.num_rows), weight.new_ones(self.num_columns)
+        row = weight.new_ones(*self.stack_shape, self.num_rows)
+        column = weight.new_ones(*self.stack_shape, self.num_columns)
         for name in adapter_names:
             if name in self.hyperadapt_row:
                 row = row * (1 + self.offset(self.hyperadapt_row, name).detach().to(row))

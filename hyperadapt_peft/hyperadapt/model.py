@@ -11,8 +11,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..base import TargetModel
+from ..base.experts import fused_targets, targeted_parameters, without_wrappers
+from ..base.model import outer_modules
 from . import algebra
 from .config import HyperAdaptConfig
+from .experts import ParamWrapper
 from .layer import Conv, Embedding, HyperAdaptLayer, Linear
 
 
@@ -26,7 +29,7 @@ class HyperAdaptModel(TargetModel):
         low_cpu_mem_usage (`bool`, defaults to `False`): Create the scales on the meta device, to be loaded later.
 
     Raises:
-        ValueError: If a target module is of a kind that is not supported; the model is left as it was.
+        ValueError: If a target module or parameter is of a kind that is not supported; the model is left as it was.
 
     Example:
 
@@ -44,6 +47,7 @@ class HyperAdaptModel(TargetModel):
 
     prefix = "hyperadapt_"
     tuner_layer_cls = HyperAdaptLayer
+    parameter_layer_cls = ParamWrapper
     supported_layers = (
         "`torch.nn.Linear` (optionally quantized), `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, "
         "`torch.nn.Conv3d` and `transformers.pytorch_utils.Conv1D`"
@@ -59,6 +63,59 @@ class HyperAdaptModel(TargetModel):
             return Conv
         backend = resolve_quantization_backend(base_layer, get_apply_tensor_subclass=lambda: None)
         return Linear if backend is not None and backend.layer_type == "linear" else None
+
+    def _prepare_adapter_config(self, peft_config: HyperAdaptConfig, model_config: dict) -> HyperAdaptConfig:  # type: ignore[override]
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            peft_config.target_modules = set()  # what is named is all that is adapted
+        all_linear = peft_config.target_modules in (None, "all-linear")
+        if peft_config.target_parameters is None:
+            peft_config.target_parameters = self._fused_targets(peft_config, all_linear)
+        super()._prepare_adapter_config(peft_config, model_config)
+        if all_linear:  # but what is named as a parameter is adapted as one
+            owners = targeted_parameters(self.model, peft_config.target_parameters).keys()
+            peft_config.target_modules = cast(set[str], peft_config.target_modules) - owners
+        return peft_config
+
+    def _fused_targets(self, config: HyperAdaptConfig, all_linear: bool) -> list[str]:
+        """Return the parameters that stand for target modules, and drop those modules from `config`."""
+        asked = fused_targets(config, self.model)
+        for weight, missing in asked.items():
+            if missing:
+                raise ValueError(
+                    f"`target_modules` names some of the layers that are one parameter now, {weight.name}, but not "
+                    f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. Name all of them, or name the "
+                    "parameter in `target_parameters`, or set `target_parameters=[]` to leave it as it is."
+                )
+        if asked and not all_linear:
+            names = {key for key, _ in outer_modules(self.model) if self._check_target_module_exists(config, key)}
+            config.target_modules = names - {weight.owner for weight in asked}
+        return sorted(weight.name for weight in asked)
+
+    def _prepare_model(self, peft_config: HyperAdaptConfig, model: nn.Module) -> None:  # type: ignore[override]
+        super()._prepare_model(peft_config, model)
+        for owner, names in targeted_parameters(model, peft_config.target_parameters or []).items():
+            if not owner:
+                raise ValueError(
+                    f"Targeting an nn.Parameter on the top-level module is not supported (parameter '{names[0]}')."
+                )
+            module = model.get_submodule(owner)
+            if self._check_target_module_exists(peft_config, owner):
+                raise ValueError(f"{owner} cannot be in `target_modules` and its {names[0]} in `target_parameters`.")
+            self._check_parameters(module, owner, names, peft_config)
+
+    def _check_parameters(self, module: nn.Module, owner: str, names: list[str], config: HyperAdaptConfig) -> None:
+        adapted = []
+        while isinstance(module, ParamWrapper):
+            adapted.append(module.parameter_name)
+            module = module.base_layer
+        if adapted and set(adapted) != set(names):
+            # the names of what is saved depend on how the wrappers are nested
+            raise ValueError(
+                f"Of the parameters of one module, all adapters must target the same set of parameters: {owner} has "
+                f"adapters of {', '.join(sorted(adapted))}, and the new adapter targets {', '.join(sorted(names))}."
+            )
+        for name in names:  # raises what it would raise later
+            ParamWrapper(module, "check", replace(config, inference_mode=True), parameter_name=name)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
@@ -141,15 +198,18 @@ class HyperAdaptModel(TargetModel):
         for key, layer in self.model.named_modules():
             if isinstance(layer, HyperAdaptLayer) and layer._get_available_adapters() & set(adapters):
                 try:
-                    results[key] = combine([layer.get_offsets(name) for name in adapters])
+                    results[key] = layer.combined_offsets(adapters, combine)
                 except ValueError as exc:
                     raise ValueError(f"{key}: {exc}") from None
 
+        layers = {key: cast(HyperAdaptLayer, self.model.get_submodule(key)) for key in results}
+        parameters = {key for key, layer in layers.items() if isinstance(layer, ParamWrapper)}
         sides = {config.sides for config in configs}
         config = replace(
             configs[0],
             sides=sides.pop() if len(sides) == 1 else "both",
-            target_modules=set(results),
+            target_modules=results.keys() - parameters,
+            target_parameters=sorted(f"{without_wrappers(key)}.{layers[key].parameter_name}" for key in parameters),
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
@@ -157,4 +217,4 @@ class HyperAdaptModel(TargetModel):
         )
         self.peft_config[adapter_name] = config
         for key, offsets in results.items():
-            cast(HyperAdaptLayer, self.model.get_submodule(key)).add_offsets(adapter_name, config, *offsets)
+            layers[key].add_offsets(adapter_name, config, *offsets)

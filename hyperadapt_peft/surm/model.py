@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Optional, cast
 
 import torch
@@ -13,6 +15,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..base import TargetModel
+from ..base.experts import fused_targets
 from .config import SurmConfig
 from .layer import Linear, SurmLayer
 from .nearest import nearest
@@ -86,6 +89,15 @@ class SurmModel(TargetModel):
                 f"({', '.join(DEFAULT_TARGETS[config.place])})."
             )
         return names
+
+    def _prepare_adapter_config(self, peft_config: SurmConfig, model_config: dict) -> SurmConfig:  # type: ignore[override]
+        asked = set(DEFAULT_TARGETS[peft_config.place]) if peft_config.target_modules is None else None
+        fused = fused_targets(replace(peft_config, target_modules=asked or peft_config.target_modules), self.model)
+        if fused and not peft_config.inference_mode:
+            names = ", ".join(sorted(weight.name for weight in fused))
+            warnings.warn(f"Not adapted, because these parameters of fused experts are no layers: {names}")
+        super()._prepare_adapter_config(peft_config, model_config)
+        return peft_config
 
     def init_from_updates(
         self, updates: Mapping[str, torch.Tensor], adapter_name: str = "default", progress: bool = False

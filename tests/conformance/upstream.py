@@ -142,6 +142,20 @@ PATCHES = (
         "these tables are made while the module is imported: our method takes LoKr's place beside LoRA, LoHa and AdaLoRA",
     ),
     Patch(
+        "test_target_parameters.py",
+        'msg = "lora.ParamWrapper does not',
+        'msg = "ParamWrapper does not',
+        "the refusal names the tuner's own class",
+        times=2,
+    ),
+    Patch(
+        "test_target_parameters.py",
+        "with pytest.raises(ValueError, match=msg):\n            self._test_weighted",
+        'with pytest.raises(ValueError, match=msg) if not under_test("weighted") else torch.no_grad():\n'
+        "            self._test_weighted",
+        "stricter: adapters of parameters are combined instead of refused",
+    ),
+    Patch(
         "test_decoder_models.py",
         "if isinstance(config_cls, BeftConfig):\n        return\n",
         "if config_cls is not BeftConfig:\n        return\n",
