@@ -9,11 +9,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 
-from .base.loading import check_tensors
-
-
-# Fields that say where an adapter came from or what a run does with it, not what it computes.
-_IRRELEVANT = {"base_model_name_or_path", "revision", "inference_mode", "init_weights", "peft_version", "auto_mapping"}
+from .base.loading import check_tensors, config_differences
 
 
 def hotswap_adapter(model: PeftModel, model_name_or_path: str, adapter_name: str = "default", **kwargs: Any) -> None:
@@ -38,12 +34,9 @@ def hotswap_adapter(model: PeftModel, model_name_or_path: str, adapter_name: str
         raise ValueError(f"Adapter {adapter_name} not found, available adapters: {sorted(model.peft_config)}")
     if any(isinstance(m, BaseTunerLayer) and adapter_name in m.merged_adapters for m in model.modules()):
         raise ValueError(f"The adapter {adapter_name} is merged; call `unmerge_adapter` first.")
-    old, new = model.peft_config[adapter_name], PeftConfig.from_pretrained(model_name_or_path, **kwargs)
-    for key, value in old.to_dict().items():
-        if key not in _IRRELEVANT and new.to_dict().get(key) != value:
-            raise ValueError(
-                f"The new adapter has {key}={new.to_dict().get(key)!r} where the loaded one has {value!r}."
-            )
+    new = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
+    for key, (old_value, new_value) in config_differences(model.peft_config[adapter_name], new).items():
+        raise ValueError(f"The new adapter has {key}={new_value!r} where the loaded one has {old_value!r}.")
     current = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     loaded = load_peft_weights(model_name_or_path, device="cpu", **kwargs)
     check_tensors(current, loaded)

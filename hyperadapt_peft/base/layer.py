@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any, Optional
+from collections.abc import Iterator
+from typing import Any, Optional, Union
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -57,6 +58,18 @@ class TargetLayer(nn.Module, BaseTunerLayer):
     def base_parameter(self) -> torch.Tensor:
         """The base layer's parameter that is adapted."""
         return self.weight
+
+    def set_adapter(self, adapter_names: Union[str, list[str]], inference_mode: bool = False) -> None:
+        """Set the active adapters, and train them unless `inference_mode`; PEFT's, for a thousand adapters as well."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for attribute in self.adapter_layer_names:
+            for name, module in getattr(self, attribute).items():
+                trained = name in names and not inference_mode
+                # `parameters()` finds what FSDP has wrapped, but takes ten times as long
+                for parameter in module._parameters.values() or module.parameters():
+                    if parameter.requires_grad != trained and parameter.is_leaf:
+                        parameter.requires_grad_(trained)
+        self._active_adapter = names
 
     def adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output with the active adapters."""
@@ -211,6 +224,19 @@ class TargetLayer(nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
+
+
+def modules_around_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model as `model.modules()`, but for the adapters' own: with many adapters, nearly all of them."""
+    seen, stack = set(), [model]
+    while stack:
+        module = stack.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield module
+        own = (*module.adapter_layer_names, *module.other_param_names) if isinstance(module, TargetLayer) else ()
+        stack += [child for name, child in reversed(module._modules.items()) if child is not None and name not in own]
 
 
 def _refuse_tensor_parallel(base_layer: nn.Module, parameter_name: str) -> None:

@@ -3,8 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from peft import PeftConfig
+
+
+# Fields that say where an adapter came from or what a run does with it, not what it computes.
+IRRELEVANT_FIELDS = frozenset(
+    {"base_model_name_or_path", "revision", "inference_mode", "init_weights", "peft_version", "auto_mapping"}
+)
+
+
+def config_differences(old: PeftConfig, new: PeftConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the fields in which two adapters compute differently, with the values of both."""
+    others = new.to_dict()
+    return {
+        key: (value, others.get(key))
+        for key, value in old.to_dict().items()
+        if key not in IRRELEVANT_FIELDS and others.get(key) != value
+    }
 
 
 def check_tensors(

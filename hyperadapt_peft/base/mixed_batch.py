@@ -10,6 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .layer import modules_around_adapters
+
 
 BASE = "__base__"  # the name that stands for the base model
 
@@ -51,7 +53,8 @@ def adapter_names_hooks(
         raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
     if model.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-    layers = [m for m in model.modules() if isinstance(m, layer_cls)]
+    modules = list(modules_around_adapters(model))
+    layers = [m for m in modules if isinstance(m, layer_cls)]
     known = {BASE}.union(*(layer._get_available_adapters() for layer in layers))
     if unknown := set(adapter_names) - known:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
@@ -64,7 +67,7 @@ def adapter_names_hooks(
         inputs = args[0] if args else next(iter(kwargs.values()))
         return args, {**kwargs, "adapter_names": repeated if len(inputs) == len(repeated) else names}
 
-    auxiliary = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    auxiliary = [m for m in modules if isinstance(m, AuxiliaryTrainingWrapper)]
     handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in [*layers, *auxiliary]]
     try:
         yield

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar, Optional, Union
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -20,13 +20,14 @@ from peft.tuners.tuners_utils import (
     _get_tuner_state_dict_key_prefixes,
     _maybe_include_all_linear_layers,
     onload_layer,
+    set_adapter,
 )
 from peft.utils import get_quantization_kwargs
 from torch import nn
 
 from .config import TargetConfig
 from .experts import fused_weights, is_selected
-from .layer import TargetLayer
+from .layer import TargetLayer, modules_around_adapters
 from .loading import check_tensors
 from .mixed_batch import adapter_names_hooks
 
@@ -118,6 +119,12 @@ class TargetModel(BaseTuner):
         # The layer has moved its adapter to the base layer's device already, and unloading restores the base layer
         # itself: none of the base class's repairs apply, and they break TrainableTokensWrapper.
         setattr(parent, child_name, new_module)
+
+    def set_adapter(self, adapter_name: Union[str, list[str]], inference_mode: bool = False) -> None:
+        """Set the active adapters, as PEFT's `set_adapter`, which would look for layers inside every adapter too."""
+        outside: Any = SimpleNamespace(modules=lambda: modules_around_adapters(self.model))
+        set_adapter(outside, adapter_name, inference_mode=inference_mode, layer_cls=self.tuner_layer_cls)
+        self.active_adapter = adapter_name
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hyperadapt_peft import HyperAdaptConfig, SurmConfig
 from hyperadapt_peft.hotswap import hotswap_adapter
+from hyperadapt_peft.many_adapters import load_adapters
 from tests.integration.tiny import build
 
 
@@ -150,6 +151,30 @@ def test_several_adapters_in_one_repository(method):
         pulled.set_adapter(name)
         assert torch.equal(logits(pulled), output)
     assert torch.equal(logits(native(repo, adapter_kwargs={"subfolder": "other"})), expected["other"])
+    direct = PeftModel.from_pretrained(base_model(), repo, subfolder="other")
+    assert torch.equal(logits(direct), expected["other"])
+    with pytest.raises(ValueError, match="Can't find 'adapter_config.json'"):
+        PeftModel.from_pretrained(base_model(), repo, subfolder="absent")
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_many_repositories_at_once(method):
+    pushed, expected = {}, {}
+    for seed, name in enumerate(["one", "two", "three"]):
+        model = adapted(method, seed)
+        pushed[name] = f"user/many-{method}-{name}"
+        model.push_to_hub(pushed[name], revision="v1")
+        expected[name] = logits(model)
+    pulled = adapted(method, seed=9)
+    before = logits(pulled)
+    with pytest.raises(ValueError, match="The adapter absent of user/absent cannot be loaded, and so none was"):
+        load_adapters(pulled, {**pushed, "absent": "user/absent"}, revision="v1")
+    assert list(pulled.peft_config) == ["default"] and torch.equal(logits(pulled), before)
+    load_adapters(pulled, pushed, revision="v1")
+    for name, output in expected.items():
+        pulled.set_adapter(name)
+        assert torch.equal(logits(pulled), output)
+        assert pulled.peft_config[name].base_model_name_or_path == "user/base"
 
 
 def snippet(repo):
