@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,22 +69,27 @@ def run(recipe: Path, output: Path, sampler: str, resume: bool, die_at: int | No
     with open(output.with_suffix(".log"), "a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    if die_at is not None:
-        count = 0
-
-        def audit(event: str, args: tuple[Any, ...]) -> None:
-            nonlocal count
-            if event.startswith(("open", "os.", "shutil.")) and any(str(output) in str(arg) for arg in args):
-                count += 1
-                if count == die_at:
-                    output.with_suffix(".event").write_text(f"{event} {args[0]}".replace(str(output), "run"))
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(audit)
+    count = kill_at(die_at, output) if die_at is not None else None
     changes = [f"training.output_dir={output}", f"training.train_sampling_strategy={sampler}"]
     train(load(recipe, changes), resume=resume)
-    if die_at is not None:
-        output.with_suffix(".events").write_text(str(count))
+    if count is not None:
+        output.with_suffix(".events").write_text(str(count()))
+
+
+def kill_at(operation: int, directory: Path) -> Callable[[], int]:
+    """Kill this process at its n-th operation on files in `directory` (never for 0); returns how to count them."""
+    count = 0
+
+    def audit(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event.startswith(("open", "os.", "shutil.")) and any(str(directory) in str(arg) for arg in args):
+            count += 1
+            if count == operation:
+                directory.with_suffix(".event").write_text(f"{event} {args[0]}".replace(str(directory), "run"))
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(audit)
+    return lambda: count
 
 
 def child(*args: Any, kill_after: float | None = None) -> int:
