@@ -2,10 +2,12 @@
 
 from .card import keep_usage
 from .hyperadapt import HyperAdaptConfig, HyperAdaptModel
+from .saving import save_whole
 from .surm import SurmConfig, SurmModel
 from .version import __version__
 
 
 keep_usage()
+save_whole()
 
 __all__ = ["HyperAdaptConfig", "HyperAdaptModel", "SurmConfig", "SurmModel", "__version__"]

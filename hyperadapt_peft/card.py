@@ -130,7 +130,7 @@ def keep_usage() -> None:
     def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
         name = "default" if "default" in self.peft_config else self.active_adapter
         config, readme = self.peft_config[name], Path(output_dir) / "README.md"
-        if not _is_own(type(config)):
+        if not is_own(type(config)):
             return write(self, output_dir)
         tags = ModelCard.load(readme).data.tags if readme.exists() else None
         write(self, output_dir)  # drops the tags that are there
@@ -138,7 +138,7 @@ def keep_usage() -> None:
 
     @wraps(upload)
     def _upload_modified_files(self: PushToHubMixin, working_dir: str, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self, PeftModel) and _is_own(type(self.active_peft_config)):
+        if isinstance(self, PeftModel) and is_own(type(self.active_peft_config)):
             self.create_or_update_model_card(working_dir)
         elif config := _own_config_in(working_dir):
             add_usage(working_dir, config)
@@ -151,7 +151,8 @@ def keep_usage() -> None:
     )
 
 
-def _is_own(config_cls: Any) -> bool:
+def is_own(config_cls: Any) -> bool:
+    """Whether a config class is of this package."""
     return getattr(config_cls, "__module__", "").partition(".")[0] == __package__
 
 
@@ -159,4 +160,4 @@ def _own_config_in(directory: str | Path) -> Optional[PeftConfig]:
     path = Path(directory) / CONFIG_NAME
     peft_type: Any = json.loads(path.read_text()).get("peft_type") if path.exists() else None
     config_cls: Any = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
-    return config_cls.from_pretrained(str(directory)) if _is_own(config_cls) else None
+    return config_cls.from_pretrained(str(directory)) if is_own(config_cls) else None

@@ -12,6 +12,9 @@ from peft.utils import PeftType
 from ..card import add_usage
 
 
+FORMAT_VERSION = 1  # of adapter files; raised as tests/golden/README.md says
+
+
 @dataclass
 class TargetConfig(PeftConfig):
     """The fields of PEFT's tuners under PEFT's names, validated when the config is made.
@@ -37,6 +40,8 @@ class TargetConfig(PeftConfig):
             The name of the module list that `layers_to_transform` counts in, if it is not one PEFT knows.
         trainable_token_indices (`Optional[Union[list[int], dict[str, list[int]]]]`):
             Ids of tokens whose embeddings are trained as well, as in PEFT's `LoraConfig`.
+        format_version (`int`):
+            The version of the adapter's file format, not to be set by hand. Files of a newer one are refused.
 
     Raises:
         TypeError: If a field has a value of the wrong type.
@@ -78,9 +83,20 @@ class TargetConfig(PeftConfig):
         default=None,
         metadata={"help": "Ids of tokens whose embeddings are trained as well."},
     )
+    format_version: int = field(
+        default=FORMAT_VERSION,
+        metadata={"help": "The version of the adapter's file format, not to be set by hand."},
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if type(self.format_version) is not int or self.format_version < 1:
+            raise TypeError(f"`format_version` must be a positive int, not {self.format_version!r}.")
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"The adapter's `format_version` is {self.format_version}, and this hyperadapt_peft reads versions up to "
+                f"{FORMAT_VERSION}. Upgrade it: `pip install --upgrade hyperadapt_peft`."
+            )
         self.target_modules = names_or_regex(self.target_modules, "target_modules")
         self.exclude_modules = names_or_regex(self.exclude_modules, "exclude_modules")
         if isinstance(self.modules_to_save, str):

@@ -236,7 +236,8 @@ def modules_around_adapters(model: nn.Module) -> Iterator[nn.Module]:
         seen.add(module)
         yield module
         own = (*module.adapter_layer_names, *module.other_param_names) if isinstance(module, TargetLayer) else ()
-        stack += [child for name, child in reversed(module._modules.items()) if child is not None and name not in own]
+        children = list(module._modules.items())  # another thread may add an adapter meanwhile
+        stack += [child for name, child in reversed(children) if child is not None and name not in own]
 
 
 def _refuse_tensor_parallel(base_layer: nn.Module, parameter_name: str) -> None:

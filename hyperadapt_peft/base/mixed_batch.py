@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Optional
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -27,24 +28,32 @@ class BatchNames(list[str]):
         self.memo: dict[Any, Any] = {}
 
 
+# The names of the call that runs in this thread (or task), and those names repeated for generation.
+_names: ContextVar[Optional[tuple[BatchNames, BatchNames]]] = ContextVar("adapter_names", default=None)
+
+
 @contextmanager
 def adapter_names_hooks(
-    model: nn.Module, adapter_names: Optional[list[str]], layer_cls: type[BaseTunerLayer], kwargs: dict[str, Any]
+    model: nn.Module, adapter_names: Optional[list[str]], tuner: BaseTuner, kwargs: dict[str, Any]
 ) -> Iterator[None]:
     """While it is open, give every tuner layer its samples' adapter names.
 
     Generation repeats each input for its beams or return sequences, but not in an encoder; the names are repeated
     where the inputs were.
 
+    Several threads may call one model, each with names of its own or without, while another thread adds adapters, or
+    deletes adapters that no running call names.
+
     Args:
         model (`nn.Module`): The adapted model.
         adapter_names (`Optional[list[str]]`): One name per sample, `"__base__"` for none; nothing happens if `None`.
-        layer_cls (`type`): The tuner layer class.
+        tuner (`BaseTuner`): The tuner that adapts the model.
         kwargs (`dict`): The arguments of the forward or generate call.
 
     Raises:
         TypeError: If `adapter_names` is not a list or tuple of str.
-        ValueError: If the model is in training mode, or no layer has an adapter of a given name.
+        ValueError: If the model is in training mode, or there is no adapter of a given name.
+        RuntimeError: After the call, if one of its adapters was deleted while it ran.
     """
     if adapter_names is None:
         yield
@@ -53,27 +62,41 @@ def adapter_names_hooks(
         raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
     if model.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-    modules = list(modules_around_adapters(model))
-    layers = [m for m in modules if isinstance(m, layer_cls)]
-    known = {BASE}.union(*(layer._get_available_adapters() for layer in layers))
-    if unknown := set(adapter_names) - known:
+    if unknown := set(adapter_names) - {BASE, *tuner.peft_config}:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
 
     copies = _copies_in_generation(model, kwargs)
-    names = BatchNames(adapter_names)
     repeated = BatchNames(name for name in adapter_names for _ in range(copies))
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        inputs = args[0] if args else next(iter(kwargs.values()))
-        return args, {**kwargs, "adapter_names": repeated if len(inputs) == len(repeated) else names}
-
-    auxiliary = [m for m in modules if isinstance(m, AuxiliaryTrainingWrapper)]
-    handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in [*layers, *auxiliary]]
+    token = _names.set((BatchNames(adapter_names), repeated))
+    takers = (tuner.tuner_layer_cls, AuxiliaryTrainingWrapper)
+    handles = [
+        module.register_forward_pre_hook(_give_names, with_kwargs=True)
+        for module in modules_around_adapters(model)
+        if isinstance(module, takers)
+    ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        _names.reset(token)
+    if deleted := set(adapter_names) - {BASE, *tuner.peft_config}:
+        raise RuntimeError(f"Deleted while a batch used them, so its outputs are wrong: {', '.join(sorted(deleted))}")
+
+
+def _give_names(
+    module: nn.Module, args: tuple, kwargs: Optional[dict[str, Any]] = None
+) -> Optional[tuple[tuple, dict[str, Any]]]:
+    """The hook of all calls. Other threads' calls come here as well; theirs are the names in their own context.
+
+    Torch leaves `kwargs` out when another thread is just adding or removing the hook of its own call.
+    """
+    batch = _names.get()
+    if batch is None or kwargs is None:
+        return None
+    names, repeated = batch
+    inputs = args[0] if args else next(iter(kwargs.values()))
+    return args, {**kwargs, "adapter_names": repeated if len(inputs) == len(repeated) else names}
 
 
 def _copies_in_generation(model: nn.Module, kwargs: dict[str, Any]) -> int:

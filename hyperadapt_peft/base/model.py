@@ -111,7 +111,7 @@ class TargetModel(BaseTuner):
             layer_cls = partial(tuner.parameter_layer_cls, parameter_name=parameter_name)
         new_module = layer_cls(target, adapter_name, config, **get_quantization_kwargs(self.model))
         if adapter_name not in self.active_adapters:
-            new_module.requires_grad_(False)  # an additional adapter is not trained before it is set
+            new_module.set_adapter([])  # an additional adapter is not trained, and not used, before it is set
         new_module.train(target.training)
         self._replace_module(parent, target_name, new_module, target)
 
@@ -129,7 +129,7 @@ class TargetModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
-        with adapter_names_hooks(self.model, names, self.tuner_layer_cls, kwargs):
+        with adapter_names_hooks(self.model, names, self, kwargs):
             yield
 
     @classmethod

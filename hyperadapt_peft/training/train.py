@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, Trainer, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .data import load_splits, local_path
 from .errors import RecipeError, attempt
@@ -140,9 +142,29 @@ def _is_in(head: list[str], parameter: str) -> bool:
     return not set(head).isdisjoint(parameter.split("."))
 
 
+class _EpochSampler(LengthGroupedSampler):
+    """Draws its order from the seed and the epoch: a run resumed within an epoch could not find the global state."""
+
+    seed: int
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+
+class _ResumableTrainer(Trainer):
+    """A Trainer whose batches grouped by length are, after resuming, those of the uninterrupted run."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler = _EpochSampler(sampler.batch_size, lengths=sampler.lengths)
+            sampler.seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return sampler
+
+
 def _trainer(recipe: Recipe, model: PreTrainedModel | PeftModel, prepared: Prepared) -> Trainer:
     create = partial(
-        Trainer,
+        _ResumableTrainer,
         model=model,
         args=recipe.arguments,
         train_dataset=prepared.splits["train"],
@@ -155,8 +177,6 @@ def _trainer(recipe: Recipe, model: PreTrainedModel | PeftModel, prepared: Prepa
     trainer = attempt("training", create)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise RecipeError("training: FSDP and DeepSpeed evaluate only what they train, so use this command with DDP")
-    # group_by_length draws its order from torch's own generator, which dropout on a CPU moves apart between processes
-    trainer.accelerator.rng_types.append("torch")
     return trainer
 
 
@@ -171,13 +191,7 @@ def _fit(
     done = trainer.train(resume_from_checkpoint=checkpoint)
     after = _evaluate(trainer, prepared)
     if trainer.args.should_save:
-        with tempfile.TemporaryDirectory(dir=adapter.parent) as temporary:
-            saved = Path(temporary, "adapter")
-            model.save_pretrained(str(saved))
-            prepared.processor.save_pretrained(saved)
-            if adapter.exists():
-                shutil.rmtree(adapter)
-            saved.replace(adapter)
+        _save(model, prepared, adapter)
     trainer.accelerator.wait_for_everyone()
     head = _head(model, prepared)
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
@@ -193,6 +207,19 @@ def _fit(
         "steps": done.global_step,
         "seconds": {"train": done.metrics["train_runtime"]},
     }
+
+
+def _save(model: PreTrainedModel | PeftModel, prepared: Prepared, adapter: Path) -> None:
+    """Save to `adapter`: whenever this is cut off, the directory is the old one, the new one or not there."""
+    for left in adapter.parent.glob(".saving-*"):  # by runs that were killed
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=adapter.parent) as temporary:
+        new, old = Path(temporary, "new"), Path(temporary, "old")
+        model.save_pretrained(str(new))
+        prepared.processor.save_pretrained(new)
+        if adapter.exists():
+            adapter.rename(old)
+        new.rename(adapter)
 
 
 def _evaluate(trainer: Trainer, prepared: Prepared) -> dict[str, dict[str, float]]:
@@ -220,8 +247,16 @@ def _write(path: Path, text: str) -> None:
 
 def _last_checkpoint(output: Path) -> str | None:
     """The latest checkpoint in `output` that was written to its end: the Trainer's state is its last file."""
-    complete = [file.parent for file in output.glob("checkpoint-*/trainer_state.json")]
+    complete = [file.parent for file in output.glob("checkpoint-*/trainer_state.json") if _is_json(file)]
     return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+
+
+def _is_json(file: Path) -> bool:
+    """Whether a JSON file was written to its end: no beginning of an object is JSON."""
+    try:
+        return bool(json.loads(file.read_text()))
+    except ValueError:
+        return False
 
 
 def _peak_rss() -> int:

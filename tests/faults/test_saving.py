@@ -1,0 +1,141 @@
+"""A save over another adapter that dies half way: the directory holds the old adapter, the new one, or is refused."""
+
+import errno
+import resource
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from hyperadapt_peft import HyperAdaptConfig, SurmConfig
+from hyperadapt_peft.training.train import _save
+
+from .kill import FORK, kill_at
+
+
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+# Pairs of adapters whose tensors have the same names and shapes: no check of the tensors tells them apart.
+PAIRS = {
+    "surm": (SurmConfig(alpha=1.0, target_modules=["0"]), SurmConfig(alpha=3.0, target_modules=["0"])),
+    "hyperadapt": (
+        HyperAdaptConfig(target_modules=["0"]),
+        HyperAdaptConfig(target_modules=["0"], inference_mode=True),
+    ),
+}
+
+
+def base():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8)).eval()
+
+
+def adapted(config, value):
+    model = get_peft_model(base(), config).eval()
+    for name, parameter in model.named_parameters():
+        if "default" in name:
+            parameter.data = torch.full_like(parameter, value)
+    return model
+
+
+@pytest.fixture(params=PAIRS)
+def models(request):
+    old, new = PAIRS[request.param]
+    return adapted(old, 0.25), adapted(new, 0.5)
+
+
+def files(directory):
+    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
+@torch.no_grad()
+def loaded(directory, models):
+    """Which of the models is in the directory, or None if it is refused; an error if it is neither."""
+    try:
+        logits = PeftModel.from_pretrained(base(), directory)(X)
+    except (OSError, ValueError) as error:
+        assert "adapter_config.json" in str(error)
+        return None
+    (which,) = [name for name, model in zip(("old", "new"), models, strict=True) if torch.equal(model(X), logits)]
+    return which
+
+
+def save(model, directory):
+    model.save_pretrained(directory)
+
+
+def save_run(model, directory):
+    _save(model, SimpleNamespace(processor=SimpleNamespace(save_pretrained=lambda directory: None)), directory)
+
+
+def killed(saver, model, directory, operation):
+    torch.set_num_threads(1)
+    count = kill_at(operation, directory.parent)
+    saver(model, directory)
+    directory.with_suffix(".count").write_text(str(count()))
+
+
+@pytest.mark.parametrize("saver", [save, save_run])
+def test_killed_at_every_operation_on_a_file(models, saver, tmp_path):
+    old, new = models
+    found, operation = [], 0
+    while not (tmp_path / "work" / "adapter.count").exists():
+        operation += 1
+        shutil.rmtree(tmp_path / "work", ignore_errors=True)
+        directory = tmp_path / "work" / "adapter"
+        old.save_pretrained(directory)
+        process = FORK.Process(target=killed, args=(saver, new, directory, operation))
+        process.start()
+        process.join()
+        found.append(loaded(directory, models))
+    order = {"old": 0, None: 1, "new": 2}
+    assert [order[which] for which in found] == sorted(order[which] for which in found) and set(found) == set(order)
+    save(new, directory)
+    assert loaded(directory, models) == "new" and not list(directory.rglob(".saving-*"))
+
+
+@pytest.mark.parametrize("saver", [save, save_run])
+@pytest.mark.parametrize("room", [10, 300, 700])  # bytes a file may have: not even the weights, not the config, ...
+def test_a_full_disk_changes_nothing(models, saver, room, tmp_path):
+    directory = tmp_path / "adapter"
+    models[0].save_pretrained(directory)
+    before = files(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(Exception, match="(?i)file too large"):
+            saver(models[1], directory)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert files(tmp_path) == before and loaded(directory, models) == "old"
+
+
+def test_no_space_for_the_readme_changes_nothing(models, tmp_path, monkeypatch):
+    models[0].save_pretrained(tmp_path)
+    before = files(tmp_path)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hyperadapt_peft.base.config.add_usage", full)  # after weights and config
+    with pytest.raises(OSError, match="No space left"):
+        models[1].save_pretrained(tmp_path)
+    assert files(tmp_path) == before
+
+
+def test_a_pickle_saved_over_safetensors_is_what_loads(models, tmp_path):
+    models[0].save_pretrained(tmp_path)
+    models[1].save_pretrained(tmp_path, safe_serialization=False)
+    assert loaded(tmp_path, models) == "new"
+
+
+def test_other_adapters_and_files_stay(models, tmp_path):
+    models[0].save_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "README.md").write_text((tmp_path / "README.md").read_text() + "\nMy results.\n")
+    other = get_peft_model(base(), PAIRS["surm"][0], adapter_name="other")
+    other.save_pretrained(tmp_path)
+    assert loaded(tmp_path, models) == "old" and (tmp_path / "other" / "adapter_config.json").exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine" and "My results." in (tmp_path / "README.md").read_text()
