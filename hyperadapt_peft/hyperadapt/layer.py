@@ -240,8 +240,7 @@ class Conv(Linear):
         conv: Any = self.get_base_layer()
         groups = conv.groups  # the weight is n x (m / groups) x kernel
         column = column.reshape(groups, -1).repeat_interleave(self.num_rows // groups, dim=0)
-        matrix = super(Linear, self).scale_weight(weight.flatten(2).movedim(2, 0), row, column)
-        return matrix.movedim(0, 2).reshape(weight.shape)
+        return (weight.flatten(2) * row[:, None, None] * column[:, :, None]).reshape(weight.shape)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
