@@ -1,11 +1,13 @@
 """HyperAdapt and SURM for PEFT. Importing this package registers both methods with PEFT."""
 
+from .base.loading import guard_loading
 from .card import keep_usage
 from .hyperadapt import HyperAdaptConfig, HyperAdaptModel
 from .surm import SurmConfig, SurmModel
 from .version import __version__
 
 
+guard_loading()
 keep_usage()
 
 __all__ = ["HyperAdaptConfig", "HyperAdaptModel", "SurmConfig", "SurmModel", "__version__"]
