@@ -46,12 +46,13 @@ class Attacks(list[Attack]):
 
         return add
 
-    def cases(self) -> pytest.MarkDecorator:
-        """Every attack, by every entry point it concerns."""
+    def cases(self, but: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+        """Every attack, by every entry point it concerns, but these."""
         cases = [
             pytest.param(attack, entry, id=f"{attack.spoil.__name__}-{entry}")
             for attack in self
             for entry in attack.entries
+            if entry not in but
         ]
         return pytest.mark.parametrize("attack, entry", cases)
 

@@ -232,7 +232,7 @@ def a_pickle_of_no_tensors(adapter):
     as_pickle(adapter, zipped({}))
 
 
-@attacks.cases()
+@attacks.cases(but=("low_cpu_mem_usage", "native_second"))  # they differ after the files are read
 def test_refused(attack, entry, good, bad):
     check_refused(attack, entry, good, bad)
     assert not (bad / "sign").exists()
