@@ -185,8 +185,9 @@ def _named_cause(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except KeyError as exc:  # PEFT's, for a tensor of `modules_to_save` or `trainable_token_indices`
-        if any(isinstance(module, TargetLayer) for module in model.modules()):
-            raise ValueError(f"The adapter file lacks the tensor {exc.args[0]}.") from exc
+        key = str(exc.args[0])
+        if key.startswith("base_model.") and any(isinstance(module, TargetLayer) for module in model.modules()):
+            raise ValueError(f"The adapter file lacks the tensor {key}.") from exc
         raise
 
 

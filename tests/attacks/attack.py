@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load, save_file
 
 from hyperadapt_peft import HyperAdaptConfig, SurmConfig
@@ -122,7 +122,6 @@ ENTRIES = {
     "hotswap": Entry(with_peft, lambda model, path: hotswap_adapter(model, path, "first")),
 }
 NOT_HOTSWAP = tuple(entry for entry in ENTRIES if entry != "hotswap")
-CONFIG_ONLY = Entry(bare, lambda model, path: PeftConfig.from_pretrained(path))
 
 
 def snapshot(model: Any) -> dict[str, Any]:

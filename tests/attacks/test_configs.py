@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from hyperadapt_peft import HyperAdaptConfig, SurmConfig
 
 from ..integration.tiny import build
-from .attack import CONFIG_ONLY, ENTRIES, Attacks, check_refused, edit_config, save_good, tensors, untouched
+from .attack import ENTRIES, Attacks, check_refused, edit_config, save_good, tensors, untouched
 
 
 attacks = Attacks()
@@ -117,7 +117,7 @@ def a_config_without_a_type(adapter):
     write_config(adapter, json.dumps(config))
 
 
-@attacks((KeyError, ValueError), "HYPERADAPT2|os.system")
+@attacks(KeyError, "^'os.system'$")
 def a_type_that_does_not_exist(adapter):
     edit_config(adapter, peft_type="os.system")
 
@@ -227,9 +227,3 @@ def test_huge_finite_values_load(bad):
     with tensors(bad) as state:
         state[min(state)].fill_(1e30)
     PeftModel.from_pretrained(build("llama")[0], bad)
-
-
-def test_config_only(bad):
-    write_config(bad, "{}")
-    with pytest.raises((KeyError, ValueError, TypeError)):
-        CONFIG_ONLY.load(None, bad)
