@@ -1,5 +1,6 @@
 """HyperAdapt and SURM for PEFT. Importing this package registers both methods with PEFT."""
 
+from .base.loading import guard_loading
 from .card import keep_usage
 from .hyperadapt import HyperAdaptConfig, HyperAdaptModel
 from .saving import save_whole
@@ -7,6 +8,7 @@ from .surm import SurmConfig, SurmModel
 from .version import __version__
 
 
+guard_loading()
 keep_usage()
 save_whole()
 

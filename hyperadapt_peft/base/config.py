@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
+from torch import nn
 
 from ..card import add_usage
 
@@ -101,8 +103,14 @@ class TargetConfig(PeftConfig):
         self.exclude_modules = names_or_regex(self.exclude_modules, "exclude_modules")
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"`modules_to_save` must be a list of module names, not {self.modules_to_save!r}.")
-        names_or_regex(self.modules_to_save, "modules_to_save")
-        names_or_regex(self.layers_pattern, "layers_pattern")
+        for name in ("modules_to_save", "layers_pattern"):
+            patterns = names_or_regex(getattr(self, name), name)
+            for pattern in patterns if isinstance(patterns, set) else ():
+                names_or_regex(pattern, name)  # PEFT puts each into a regular expression
+        for name in ("base_model_name_or_path", "revision", "peft_version"):
+            instance_of(getattr(self, name), name, str, type(None))
+        instance_of(self.auto_mapping, "auto_mapping", dict, type(None))
+        instance_of(self.inference_mode, "inference_mode", bool)
         one_of(self.init_weights, "init_weights", (True, False))
         one_of(self.bias, "bias", ("none", "all", f"{PeftType(self.peft_type).value.lower()}_only"))
         integers(self.layers_to_transform, "layers_to_transform")
@@ -132,17 +140,59 @@ def one_of(value: Any, name: str, allowed: Iterable[Any]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, not {value!r}.")
 
 
+def instance_of(value: Any, name: str, *types: type) -> None:
+    """Raise TypeError unless `value` is an instance of one of `types`."""
+    if not isinstance(value, types):
+        raise TypeError(f"`{name}` must be of type {' or '.join(t.__name__ for t in types)}, not {value!r}.")
+
+
 def names_or_regex(value: Any, name: str) -> Union[set[str], str, None]:
-    """Return names as PEFT wants them, a set; a regular expression or None as it is. Else raise TypeError."""
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
+    """Return names as PEFT wants them, a set; a regular expression or None as it is.
+
+    Raises:
+        TypeError: If it is of another type.
+        ValueError: If a name is empty, or a str is not a regular expression.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except (re.error, OverflowError, RecursionError) as exc:
+            raise ValueError(f"`{name}` must be a regular expression, not {value!r}: {exc}.") from None
+    elif not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
         raise TypeError(f"`{name}` must be a list of names or a str, not {value!r}.")
-    return set(value)
+    else:
+        value = set(value)
+    if "" in ({value} if isinstance(value, str) else value):
+        raise ValueError(f"`{name}` must not be an empty name or have one.")
+    return value
 
 
 def integers(value: Any, name: str) -> None:
-    """Raise TypeError unless `value` is None, an int or a list of int (bool is not an int here)."""
+    """Check that `value` is None, an index or a list of indices.
+
+    Raises:
+        TypeError: If it is anything else (bool is not an int here).
+        ValueError: If an index is negative or too large for any model.
+    """
     items = value if isinstance(value, (list, tuple, set)) else [0 if value is None else value]
     if not all(type(item) is int for item in items):
         raise TypeError(f"`{name}` must be an int or a list of int, not {value!r}.")
+    if not all(0 <= item < 2**31 for item in items):
+        raise ValueError(f"`{name}` must have no negative or huge indices, not {value!r}.")
+
+
+def check_adapter_name(name: Any) -> None:
+    """Check that an adapter can have this name: modules are called so, and `save_pretrained` makes a directory of it.
+
+    Raises:
+        TypeError: If it is not a str.
+        ValueError: If it is not the name of one directory or module, or means something else already.
+    """
+    instance_of(name, "adapter_name", str)
+    if not name or set(name) & set("./\\:\0") or hasattr(nn.ModuleDict(), name) or name == "__base__":
+        raise ValueError(
+            f"An adapter cannot be called {name!r}: a directory and a module get its name, so it must not be empty, hold "
+            "any of . / \\ : or be the name of an attribute of torch.nn.ModuleDict; '__base__' means no adapter."
+        )

@@ -16,8 +16,6 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
-    _filter_state_dict_by_key_prefixes,
-    _get_tuner_state_dict_key_prefixes,
     _maybe_include_all_linear_layers,
     onload_layer,
     set_adapter,
@@ -25,10 +23,10 @@ from peft.tuners.tuners_utils import (
 from peft.utils import get_quantization_kwargs
 from torch import nn
 
-from .config import TargetConfig
+from .config import TargetConfig, check_adapter_name
 from .experts import fused_weights, is_selected
 from .layer import TargetLayer, modules_around_adapters
-from .loading import check_tensors
+from .loading import all_or_nothing, check_tensors, loadable_tensors
 from .mixed_batch import adapter_names_hooks
 
 
@@ -68,6 +66,20 @@ class TargetModel(BaseTuner):
         _maybe_include_all_linear_layers(found, self.model)
         routers = {weight.owner for weight in fused_weights(self.model)}  # Llama 4's looks like a linear layer
         return {name for name in found.target_modules if name.partition(".")[0] not in _HEADS} - routers
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter's layers, as PEFT's `inject_adapter`, or on an error none.
+
+        Raises:
+            TypeError: If the adapter's name is not a str.
+            ValueError: If the name cannot be a module's or a directory's, or the config does not fit the model.
+        """
+        check_adapter_name(adapter_name)
+        try:
+            with all_or_nothing(model):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except IndexError as exc:
+            raise ValueError(f"`trainable_token_indices` has a token that the embedding has not: {exc}") from exc
 
     def _prepare_adapter_config(self, peft_config: TargetConfig, model_config: dict) -> TargetConfig:  # type: ignore[override]
         if peft_config.target_modules is None or peft_config.target_modules == "all-linear":
@@ -138,12 +150,13 @@ class TargetModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         # before anything is loaded: PEFT loads what fits, says little of what does not, and takes NaN
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
-        expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
-        given = {key: tensor for key, tensor in state_dict.items() if key in expected or f".{cls.prefix}" in key}
+        state = model.state_dict()
+        required, optional = loadable_tensors(model, adapter_name, state)
+        # where the layers were injected without a PeftModel around them, PEFT removes its prefix after this hook
+        given = {key if key in state else key.removeprefix("base_model.model."): v for key, v in state_dict.items()}
         # PEFT does not pass its option on; its only caller of this hook, set_peft_model_state_dict, holds it
         ignore = sys._getframe(1).f_locals.get("ignore_mismatched_sizes", False)
-        check_tensors(expected, given, ignore_mismatched_sizes=ignore)
+        check_tensors(required, given, optional, ignore_mismatched_sizes=ignore)
         return state_dict
 
     def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:

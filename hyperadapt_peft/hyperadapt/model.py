@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..base import TargetModel
+from ..base.config import check_adapter_name
 from ..base.experts import fused_targets, targeted_parameters, without_wrappers
 from ..base.model import outer_modules
 from . import algebra
@@ -187,6 +188,7 @@ class HyperAdaptModel(TargetModel):
         self, adapters: list[str], adapter_name: str, combine: Callable[[list[algebra.Offsets]], algebra.Offsets]
     ) -> None:
         self._check_adapters(adapters)
+        check_adapter_name(adapter_name)
         if adapter_name in self.peft_config:
             raise ValueError(f"There is already an adapter called {adapter_name}.")
         configs = cast(list[HyperAdaptConfig], [self.peft_config[name] for name in adapters])
