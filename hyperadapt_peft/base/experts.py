@@ -59,7 +59,7 @@ def fused_targets(config: TargetConfig, model: nn.Module) -> dict[FusedWeight, l
             whose layers it matched before they were fused. Exclusions and `layers_to_transform` hold.
         model: The model.
     """
-    asked = {}
+    asked: dict[FusedWeight, list[str]] = {}
     for weight in fused_weights(model):
         if not is_selected(config, weight.owner) or not is_selected(config, weight.name):
             continue

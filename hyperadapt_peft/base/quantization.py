@@ -20,7 +20,8 @@ def dequantized(backend: QuantizationBackend, base_layer: nn.Module) -> torch.Te
     """
     weight: Any = getattr(base_layer, "weight", None)
     if isinstance(backend, Bnb8bitBackend):  # writes into the state
-        return backend.get_base_weight(SimpleNamespace(weight=weight, state=copy.copy(base_layer.state)))
+        stand_in: Any = SimpleNamespace(weight=weight, state=copy.copy(base_layer.state))
+        return backend.get_base_weight(stand_in)
     if not getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         return backend.get_base_weight(base_layer)
     from bitsandbytes import functional

@@ -119,7 +119,7 @@ class ParamWrapper(HyperAdaptLayer):
             return super().combined_offsets(adapter_names, combine)
         adapters = [self.get_offsets(name) for name in adapter_names]
         experts = [
-            combine([tuple(None if side is None else side[i] for side in offsets) for offsets in adapters])
+            combine([(None if a is None else a[i], None if b is None else b[i]) for a, b in adapters])
             for i in range(*self.stack_shape)
         ]
         row, column = (None if side[0] is None else torch.stack(side) for side in zip(*experts, strict=True))
