@@ -91,8 +91,10 @@ class SurmModel(TargetModel):
         return names
 
     def _prepare_adapter_config(self, peft_config: SurmConfig, model_config: dict) -> SurmConfig:  # type: ignore[override]
-        asked = set(DEFAULT_TARGETS[peft_config.place]) if peft_config.target_modules is None else None
-        fused = fused_targets(replace(peft_config, target_modules=asked or peft_config.target_modules), self.model)
+        targets = peft_config.target_modules
+        if targets is None:
+            targets = set(DEFAULT_TARGETS[peft_config.place])
+        fused = fused_targets(replace(peft_config, target_modules=targets), self.model)
         if fused and not peft_config.inference_mode:
             names = ", ".join(sorted(weight.name for weight in fused))
             warnings.warn(f"Not adapted, because these parameters of fused experts are no layers: {names}")

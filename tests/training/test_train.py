@@ -18,6 +18,8 @@ from hyperadapt_peft.training.data import PromptData
 from hyperadapt_peft.training.recipe import load
 from hyperadapt_peft.training.tasks import causal_lm
 
+from .conftest import SIZES, save_tokenizer
+
 
 def run(path: str, *arguments: str) -> tuple[dict, Path]:
     """Train; returns the metrics written and the run's directory."""
@@ -91,6 +93,21 @@ def test_causal_lm(recipe, llama, copies):
     metrics, directory = run(path)
     check_metrics(metrics, directory)
     assert metrics["labels"] == []
+
+
+def test_a_mixture_of_experts(recipe, copies, tmp_path):
+    sizes = SIZES | {"num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(vocab_size=22, eos_token_id=3, **sizes))
+    model.save_pretrained(tmp_path / "moe")
+    save_tokenizer(tmp_path / "moe")
+    section = {"name": "json", "data_files": copies, "max_length": 16}
+    training = {"max_steps": 20, "gradient_checkpointing": True}
+    metrics, directory = run(
+        recipe(task="causal-lm", model={"name": str(tmp_path / "moe")}, data=section, training=training)
+    )
+    check_metrics(metrics, directory)
+    experts = 2 * ((64 + 16) + (16 + 32)) + (2 + 16)  # of one block, with the router
+    assert metrics["parameters"]["trainable"] == 2 * (experts + 4 * (16 + 16))
 
 
 def test_causal_lm_masks_the_prompt_and_keeps_the_completion(llama, copies):
