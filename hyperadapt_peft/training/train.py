@@ -108,6 +108,10 @@ def _prepare(recipe: Recipe, source: str) -> Prepared:
     prepared = attempt("model.name", lambda: recipe.task.prepare(recipe.data, splits, source, recipe.model.revision))
     if prepared.keep_columns:
         recipe.arguments.remove_unused_columns = False
+    if (
+        prepared.labels
+    ):  # this loss is a mean over samples, which the Trainer would multiply by the number of processes
+        recipe.arguments.average_tokens_across_devices = False
     if recipe.arguments.label_names is None:
         recipe.arguments.label_names = ["labels"]  # the Trainer cannot see it through every PEFT model
     return prepared

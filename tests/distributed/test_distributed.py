@@ -104,7 +104,7 @@ def one_process(base, tmp_path_factory):
         directory = tmp_path_factory.mktemp(tuner)
         train(tuner, base, directory, use_cpu=True)
         scales[tuner] = load_file(directory / "adapter" / "adapter_model.safetensors")
-        assert min(tensor.abs().max() for tensor in scales[tuner].values()) > 0.05  # far from where they began
+        assert min(tensor.abs().max() for tensor in scales[tuner].values()) > 0.01  # far from where they began
     return scales
 
 
