@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 from peft import PeftModel, get_peft_model
-from transformers import PreTrainedModel, Trainer, set_seed
+from transformers import EvalPrediction, PreTrainedModel, Trainer, set_seed
 
 from .data import load_splits, local_path
 from .errors import RecipeError, first_line
 from .recipe import Recipe
-from .tasks import Prepared, accuracy, predict
+from .tasks import Prepared
 
 
 HEADS = ("classifier", "score")  # what PEFT too takes for a classification head
@@ -73,7 +73,12 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict
         reloaded = recipe.task.auto_model.from_pretrained(adapter, dtype=recipe.model.dtype)
     results["reloaded"] = _evaluate(_trainer(recipe, reloaded, prepared), prepared)
     results["seconds"]["total"] = time.monotonic() - started
-    results |= {"labels": prepared.labels, "peak_rss_bytes": _peak_rss(), "recipe": recipe.resolved}
+    results |= {
+        "metric": recipe.data.metric,
+        "labels": prepared.labels,
+        "peak_rss_bytes": _peak_rss(),
+        "recipe": recipe.resolved,
+    }
     results["versions"] = {"python": platform.python_version()}
     for package in ("hyperadapt_peft", "peft", "transformers", "accelerate", "datasets", "torch"):
         results["versions"][package] = version(package)
@@ -87,8 +92,9 @@ def summary(results: dict[str, Any]) -> str:
     """The table printed at the end of a run."""
     parameters, seconds = results["parameters"], results["seconds"]
     split = "test" if "test" in results["after"] else "validation"
+    metric = results["metric"]
     rows = [
-        (f"{split} accuracy {label}", f"{results[when][split]['accuracy']:.2%}")
+        (f"{split} {metric.replace('_', ' ')} {label}", f"{results[when][split][metric]:.2%}")
         for when, label in (("before", "before"), ("after", "after"), ("reloaded", "reloaded from disk"))
     ]
     outside = f"{parameters['trainable_outside_head']:,} outside the head"
@@ -150,16 +156,18 @@ def _is_in(head: list[str], parameter: str) -> bool:
 
 
 def _trainer(recipe: Recipe, model: PreTrainedModel | PeftModel, prepared: Prepared) -> Trainer:
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        return {name: metric(prediction) for name, metric in prepared.metrics.items()}
+
     create = partial(
-        Trainer,
+        prepared.trainer,
         model=model,
         args=recipe.arguments,
         train_dataset=prepared.splits["train"],
         eval_dataset=prepared.splits.get("validation"),
         data_collator=prepared.collator,
         processing_class=prepared.processor,
-        compute_metrics=accuracy,
-        preprocess_logits_for_metrics=predict,
+        compute_metrics=metrics,
     )
     return _load("training", create)
 
@@ -195,12 +203,12 @@ def _fit(
 
 
 def _evaluate(trainer: Trainer, prepared: Prepared) -> dict[str, dict[str, float]]:
-    """Split -> loss and accuracy, on every split but the training one."""
+    """Split -> loss and metrics, on every split but the training one."""
     results = {}
     for role, rows in prepared.splits.items():
         if role != "train":
             metrics = trainer.evaluate(rows)
-            results[role] = {"loss": metrics["eval_loss"], "accuracy": metrics["eval_accuracy"]}
+            results[role] = {name: metrics[f"eval_{name}"] for name in ("loss", *prepared.metrics)}
     return results
 
 
