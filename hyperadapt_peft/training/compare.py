@@ -124,7 +124,7 @@ def compare(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The comparison as a Markdown table."""
+    """The comparison as Markdown: the results, and what each learning rate gave on the validation split."""
     lines = [
         "| method | trained outside the head | adapter, bytes | learning rate | seeds | validation | test | training, s | peak, MB |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -139,6 +139,11 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['learning_rate']:g} | {len(row['test'])} | {scores[0]} | {scores[1]} | {row['seconds']:.0f} | "
             f"{row['peak_rss_bytes'] / 2**20:.0f} |"
         )
+    lines += ["", "| method | learning rate: validation, first seed |", "| --- | --- |"]
+    for row in rows:
+        sweep = sorted(row["sweep"].items(), key=lambda pair: float(pair[0]))
+        cells = ", ".join(f"{rate}: {100 * score:.1f}" for rate, score in sweep)
+        lines.append(f"| {row['method']} | {cells} |")
     return "\n".join(lines) + "\n"
 
 

@@ -91,6 +91,13 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict
     return results
 
 
+def evaluate(recipe: Recipe, model: PreTrainedModel | PeftModel) -> dict[str, dict[str, float]]:
+    """Split -> loss and metrics of a model on the recipe's data, which is encoded for the recipe's model."""
+    source = _load("model.name", lambda: local_path(recipe.model.name))
+    prepared = _prepare(recipe, source)
+    return _evaluate(_trainer(recipe, model, prepared), prepared)
+
+
 def dry_run(recipe: Recipe) -> str:
     """The resolved recipe as YAML, and how much it would train if the model's config is on this machine."""
     text = yaml.safe_dump(recipe.resolved, sort_keys=False)
