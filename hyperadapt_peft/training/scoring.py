@@ -120,7 +120,7 @@ class ChoiceTrainer(Trainer):
             logits[:, :-1].transpose(1, 2).float(), targets, ignore_index=IGNORED, reduction="none"
         )
         per_token = losses.sum(1) / (targets != IGNORED).sum(1)
-        right, others = per_token[: -len(example)], per_token[-len(example) :]
+        right, others = per_token.split([len(per_token) - len(example), len(example)])
         best_other = torch.full_like(right, torch.inf).scatter_reduce(0, example, others, "amin")
         result = (right < best_other).float()
         return right.mean(), result, result

@@ -53,7 +53,7 @@ def test_a_regression(recipe, tmp_path):
     section = {"name": "json", "data_files": files, "label_column": "score", "metric": "pearson"}
     metrics, directory = run(recipe(data=section, training={"max_steps": 30}))
     check_metrics(metrics, directory)
-    assert metrics["metric"] == "pearson" and metrics["after"]["test"]["pearson"] > 0.9
+    assert metrics["metric"] == "pearson" and metrics["after"]["test"]["pearson"] > 0.7
     assert set(metrics["after"]["test"]) == {"loss", "pearson", "spearman"}
 
 
