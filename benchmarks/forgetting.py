@@ -40,7 +40,8 @@ def main() -> None:
     results = {"untrained": {"other": [score(None)]}}
     for row in tqdm(json.loads((ROOT / learned.output_dir / "comparison.json").read_text())):
         cells = [learned.cell(row["method"], row["learning_rate"], seed)[0] for seed in learned.seeds]
-        scores = [score(ROOT / cell / "adapter") for cell in cells if (cell / "adapter").is_dir()]
+        adapters = [ROOT / cell / "adapter" for cell in cells]
+        scores = [score(adapter) for adapter in adapters if adapter.is_dir()]
         results[row["method"]] = {"learned": row["test"], "other": scores}
         (ROOT / "benchmarks/results/forgetting.json").write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
