@@ -68,8 +68,8 @@ def stand_in(family, part, directory):
         image = directory / "picture.png"
         Image.new("RGB", (10, 12)).save(image)
         columns = {
-            section.get("image_column", "image"): [str(image)] * 40,
-            section.get("label_column", "label"): [0, 1] * 20,
+            section.get("image_column", "image"): [str(image)] * 100,
+            section.get("label_column", "label"): [0, 1] * 50,
         }
         rows = datasets.Dataset.from_dict(columns).cast_column(section.get("image_column", "image"), datasets.Image())
         rows = rows.cast_column(section.get("label_column", "label"), datasets.ClassLabel(names=["cat", "dog"]))
@@ -137,7 +137,7 @@ def test_a_comparison_is_chosen_on_the_metric_of_its_recipe(recipe, tmp_path):
 def test_a_dry_run_counts_what_is_here_and_writes_nothing(recipe, tmp_path, capsys, bert):
     path = recipe()
     before = sorted(tmp_path.iterdir())
-    assert main(["train", path, "--dry-run", "training.seed=7"]) == 0
+    assert main(["train", path, "training.seed=7", "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert load(path, ["training.seed=7"]).resolved == yaml.safe_load(text)
     assert f"trainable outside the head: {2 * (4 * 32 + 2 * 48) + 32:,} parameters" in text
@@ -146,7 +146,7 @@ def test_a_dry_run_counts_what_is_here_and_writes_nothing(recipe, tmp_path, caps
 
 @pytest.mark.parametrize("shipped", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_dry_run_of_the_shipped_recipes_downloads_nothing(shipped, capsys):
-    assert main(["train", str(shipped), "--dry-run", "training.bf16=false"]) == 0
+    assert main(["train", str(shipped), "training.bf16=false", "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert "parameters not counted" in text and "name" in yaml.safe_load(text)["data"]
 
