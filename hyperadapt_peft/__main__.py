@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     again = command.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output directory")
     again.add_argument("--overwrite", action="store_true", help="remove the earlier run in the output directory first")
+    again.add_argument("--dry-run", action="store_true", help="check and show the recipe; download and train nothing")
     command.set_defaults(run=_train)
 
     command = commands.add_parser("compare", help="train several methods on one task and put them in a table")
@@ -46,6 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.set_defaults(run=_plan)
 
+    command = commands.add_parser("inspect", help="show the ranks and singular values of an adapter's updates")
+    command.add_argument("adapter", help="an adapter's directory or Hub id")
+    command.add_argument("--model", help="its base model, default what its config names")
+    command.add_argument("--beside", metavar="ADAPTER", help="another adapter of the same base model")
+    command.add_argument("--output", help="a directory for ranks.json, ranks.md and ranks.png")
+    command.set_defaults(run=_inspect)
+
     args = parser.parse_args(argv)
     from .training.errors import RecipeError
 
@@ -69,9 +77,12 @@ def _add_model(command: argparse.ArgumentParser, name: str, **kwargs: Any) -> No
 
 def _train(args: argparse.Namespace) -> None:
     from .training.recipe import load
-    from .training.train import summary, train
+    from .training.train import dry_run, summary, train
 
     recipe = load(args.recipe, args.overrides)
+    if args.dry_run:
+        print(dry_run(recipe), end="")
+        return
     results = train(recipe, args.resume, args.overwrite)
     if recipe.arguments.process_index == 0:
         print(summary(results))
@@ -98,6 +109,26 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _model_options(args: argparse.Namespace) -> dict[str, Any]:
     return {key: getattr(args, key) for key in ("task", "batch_size", "sequence_length", "dtype")}
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from . import inspection
+    from .training.data import local_path
+    from .training.errors import RecipeError, first_line
+
+    reports = {}
+    for adapter in filter(None, (args.adapter, args.beside)):
+        try:
+            model = inspection.load(adapter, args.model and local_path(args.model))
+            label = model.active_peft_config.peft_type.value
+            reports[label if label not in reports else adapter] = inspection.inspect(model)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise RecipeError(f"{adapter}: {first_line(error)}") from error
+    if args.output:
+        inspection.write(reports, Path(args.output))
+    print(inspection.table(reports))
 
 
 if __name__ == "__main__":

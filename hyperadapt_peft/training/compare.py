@@ -68,6 +68,7 @@ def load(path: str | Path) -> Comparison:
         if not base.is_file():
             raise RecipeError(f"recipe: no such file '{values['recipe']}'")
         values["recipe"] = yaml.safe_load(base.read_text())
+        recipes.refer(values["recipe"], base.parent)
     if not isinstance(values["seeds"], list) or not all(type(seed) is int for seed in values["seeds"] or [""]):
         raise RecipeError(f"seeds: expected a list of int, got {values['seeds']!r}")
     if not isinstance(values["methods"], dict) or not values["methods"]:
@@ -96,31 +97,37 @@ def compare(comparison: Comparison) -> list[dict[str, Any]]:
     Returns:
         One row per method, in the order of the comparison.
     """
-    cells = sum(len(m["learning_rates"]) + len(comparison.seeds) - 1 for m in comparison.methods.values())
-    rows = []
+    first, *other_seeds = comparison.seeds
+    sweeps: dict[str, dict[float, dict[str, Any]]] = {name: {} for name in comparison.methods}
+    repeats: dict[str, list[dict[str, Any]]] = {name: [] for name in comparison.methods}
+    cells = sum(len(m["learning_rates"]) + len(other_seeds) for m in comparison.methods.values())
     with tqdm(total=cells, desc="runs", unit="run") as bar:
+
+        def run(name: str, learning_rate: float, seed: int) -> dict[str, Any]:
+            bar.set_postfix_str(f"{name} lr={learning_rate:g} seed={seed}")
+            result = _run(*comparison.cell(name, learning_rate, seed))
+            bar.update()
+            return result
+
+        def rows() -> list[dict[str, Any]]:
+            return [_row(name, sweep, repeats[name]) for name, sweep in sweeps.items() if sweep]
+
         for name, method in comparison.methods.items():
-            first, *other_seeds = comparison.seeds
-
-            def run(learning_rate: float, seed: int, name: str = name) -> dict[str, Any]:
-                bar.set_postfix_str(f"{name} lr={learning_rate:g} seed={seed}")
-                result = _run(*comparison.cell(name, learning_rate, seed))
-                bar.update()
-                return result
-
-            sweep = {rate: run(rate, first) for rate in method["learning_rates"]}
-            best = max(sweep, key=lambda rate: sweep[rate]["after"]["validation"]["accuracy"])
-            results = [sweep[best], *(run(best, seed) for seed in other_seeds)]
-            rows.append(_row(name, best, sweep, results))
-            _write(comparison.output_dir, rows)
-    return rows
+            for rate in method["learning_rates"]:
+                sweeps[name][rate] = run(name, rate, first)
+            _write(comparison, rows())
+        for seed in other_seeds:  # all methods under one seed, then under the next: their times are comparable
+            for name, sweep in sweeps.items():
+                repeats[name].append(run(name, _best(sweep), seed))
+                _write(comparison, rows())
+    return rows()
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The comparison as a Markdown table."""
+    """The comparison as Markdown: the results, and what each learning rate gave on the validation split."""
     lines = [
-        "| method | trained outside the head | adapter, bytes | learning rate | validation | test | training, s | peak, MB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| method | trained outside the head | adapter, bytes | learning rate | seeds | validation | test | training, s | peak, MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         scores = [
@@ -129,9 +136,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         lines.append(
             f"| {row['method']} | {row['trainable_outside_head']:,} | {row['adapter_bytes']:,} | "
-            f"{row['learning_rate']:g} | {scores[0]} | {scores[1]} | {row['seconds']:.0f} | "
+            f"{row['learning_rate']:g} | {len(row['test'])} | {scores[0]} | {scores[1]} | {row['seconds']:.0f} | "
             f"{row['peak_rss_bytes'] / 2**20:.0f} |"
         )
+    lines += ["", "| method | learning rate: validation, first seed |", "| --- | --- |"]
+    for row in rows:
+        sweep = sorted(row["sweep"].items(), key=lambda pair: float(pair[0]))
+        cells = ", ".join(f"{rate}: {100 * score:.1f}" for rate, score in sweep)
+        lines.append(f"| {row['method']} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
@@ -159,13 +171,25 @@ def _train(values: dict[str, Any]) -> None:
     train(recipes.check(values), resume=True)
 
 
-def _row(name: str, best: float, sweep: Mapping[float, dict], results: list[dict]) -> dict[str, Any]:
+def _score(result: Mapping[str, Any], split: str) -> float:
+    return result["after"][split][result.get("metric", "accuracy")]
+
+
+def _best(sweep: Mapping[float, dict]) -> float:
+    """The learning rate with the best validation score."""
+    return max(sweep, key=lambda rate: _score(sweep[rate], "validation"))
+
+
+def _row(name: str, sweep: Mapping[float, dict], repeats: list[dict]) -> dict[str, Any]:
+    best = _best(sweep)
+    results = [sweep[best], *repeats]
     return {
         "method": name,
+        "metric": results[0].get("metric", "accuracy"),
         "learning_rate": best,
-        "sweep": {f"{rate:g}": result["after"]["validation"]["accuracy"] for rate, result in sweep.items()},
-        "validation": [result["after"]["validation"]["accuracy"] for result in results],
-        "test": [result["after"]["test"]["accuracy"] for result in results],
+        "sweep": {f"{rate:g}": _score(result, "validation") for rate, result in sweep.items()},
+        "validation": [_score(result, "validation") for result in results],
+        "test": [_score(result, "test") for result in results],
         "trainable_outside_head": results[0]["parameters"]["trainable_outside_head"],
         "adapter_bytes": results[0]["adapter_bytes"],
         "seconds": statistics.median(result["seconds"]["train"] for result in results),
@@ -173,9 +197,12 @@ def _row(name: str, best: float, sweep: Mapping[float, dict], results: list[dict
     }
 
 
-def _write(directory: Path, rows: list[dict[str, Any]]) -> None:
+def _write(comparison: Comparison, rows: list[dict[str, Any]]) -> None:
+    directory = comparison.output_dir
     (directory / "comparison.json").write_text(json.dumps(rows, indent=2) + "\n")
-    (directory / "comparison.md").write_text(table(rows))
+    finished = [row["method"] for row in rows if len(row["test"]) == len(comparison.seeds)]
+    missing = ", ".join(name for name in comparison.methods if name not in finished)
+    (directory / "comparison.md").write_text(table(rows) + (f"\nNot finished: {missing}.\n" if missing else ""))
     try:
         import matplotlib
     except ImportError:
@@ -185,12 +212,16 @@ def _write(directory: Path, rows: list[dict[str, Any]]) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for row in rows:
-        test = [100 * accuracy for accuracy in row["test"]]
+        test = [100 * score for score in row["test"]]
         mean = statistics.mean(test)
         spread = [[mean - min(test)], [max(test) - mean]]
         axes.errorbar(max(row["trainable_outside_head"], 1), mean, yerr=spread, fmt="o", capsize=3)
         axes.annotate(row["method"], (max(row["trainable_outside_head"], 1), mean), (5, 5), textcoords="offset points")
-    axes.set(xscale="log", xlabel="trained parameters outside the head", ylabel="test accuracy, %")
+    axes.set(
+        xscale="log",
+        xlabel="trained parameters outside the head",
+        ylabel=f"test {rows[0]['metric'].replace('_', ' ')}, %",
+    )
     axes.grid(alpha=0.3)
     figure.savefig(directory / "comparison.png", dpi=150)
     pyplot.close(figure)

@@ -27,5 +27,5 @@ def attempt(key: str, load: Callable[[], Any]) -> Any:
         return load()
     except RecipeError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise RecipeError(f"{key}: {first_line(error)}") from error

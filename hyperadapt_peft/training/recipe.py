@@ -58,20 +58,36 @@ class Recipe:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply `section.key=value` overrides (the value is YAML), and check all of it.
 
+    A section may be a part of another file, `data: data/glue.yaml#rte`, looked for beside the recipe.
+
     Raises:
         RecipeError: anything in it is wrong; the message is one line that names the key.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    values = _read(Path(path))
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected the sections {', '.join(SECTIONS)}")
+    directory = Path(path).parent
+    refer(values, directory)
     for override in overrides:
         _override(values, override)
+        refer(values, directory)
     return check(values)
+
+
+def refer(values: dict[str, Any], directory: Path) -> None:
+    """Replace each section that names a part of another file, `data: data/glue.yaml#rte`, by that part, in place.
+
+    Raises:
+        RecipeError: there is no such file, or no such part of it.
+    """
+    for section in SECTIONS[1:]:
+        reference = values.get(section)
+        if isinstance(reference, str) and "#" in reference:
+            name, _, key = reference.rpartition("#")
+            parts = _read(directory / name)
+            if not isinstance(parts, dict) or key not in parts:
+                raise RecipeError(f"{section}: {name} has no part '{key}'{nearest(key, parts or ())}")
+            values[section] = parts[key]
 
 
 def check(values: Mapping[str, Any]) -> Recipe:
@@ -132,6 +148,16 @@ def read_tuner(values: Mapping[str, Any] | str, task: Task) -> tuple[str, PeftCo
         raise RecipeError(f"tuner: expected keys with values, got {section!r}")
     peft_type, config_class, tuner = _tuner(dict(section), task)
     return peft_type, _build("tuner", config_class, tuner) if config_class else None
+
+
+def _read(path: Path) -> Any:
+    """What a YAML file holds."""
+    try:
+        return yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
 
 
 def _override(values: dict[str, Any], override: str) -> None:

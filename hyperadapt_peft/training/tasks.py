@@ -1,10 +1,10 @@
-"""What differs between the tasks: the model class, the encoding of a row, the collator."""
+"""What differs between the tasks: the model class, the encoding of a row, the collator, the metrics."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Image
 from transformers import (
@@ -15,25 +15,35 @@ from transformers import (
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
-    EvalPrediction,
+    Trainer,
 )
 
 from .data import Data, ImageClassificationData, PromptData, TextClassificationData
 from .errors import RecipeError
-
-
-IGNORED = -100  # the label the loss leaves out
+from .scoring import (
+    IGNORED,
+    REGRESSION,
+    ArgmaxTrainer,
+    ChoiceTrainer,
+    GenerationTrainer,
+    Metrics,
+    classification,
+    mean,
+    token_accuracy,
+)
 
 
 @dataclass
 class Prepared:
-    """A task's data, ready for the Trainer, with what its model must be told."""
+    """A task's data, ready for the Trainer, with what its model must be told and how it is scored."""
 
     splits: Mapping[str, Any]
     collator: Callable[[list[Any]], dict[str, Any]]
     processor: Any
-    labels: list[str] = field(default_factory=list)  # empty: not a classification
+    metrics: Metrics
+    labels: list[str] = field(default_factory=list)  # empty: no head; one: a regression
     keep_columns: bool = False  # the collator needs columns that are no arguments of the model
+    trainer: Callable[..., Trainer] = ArgmaxTrainer
 
     @property
     def model_options(self) -> dict[str, Any]:
@@ -56,6 +66,11 @@ class Task:
     auto_model: Any
     prepare: Callable[[Any, dict[str, Dataset], str, str | None], Prepared]
     task_type: str | None  # of PEFT
+
+    @property
+    def has_head(self) -> bool:
+        """Whether its models have a classification head."""
+        return self.task_type != "CAUSAL_LM"
 
 
 def load_tokenizer(model: str, revision: str | None) -> Any:
@@ -91,38 +106,66 @@ def sequence_classification(
 ) -> Prepared:
     """Tokenized texts or pairs, padded per batch."""
     tokenizer = load_tokenizer(model, revision)
-    names = label_names(splits, data.label_column)
+    regression = data.metric in REGRESSION
+    names = [data.label_column] if regression else label_names(splits, data.label_column)
     text_columns = [column for column in (data.text_column, data.text_pair_column) if column]
     feature = splits["train"].features[data.label_column]
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        texts = [batch[column] for column in text_columns]
-        labels = label_ids(batch[data.label_column], names, feature)
+        texts, labels = [batch[column] for column in text_columns], batch[data.label_column]
+        labels = [float(label) for label in labels] if regression else label_ids(labels, names, feature)
         return {**tokenizer(*texts, truncation=True, max_length=data.max_length), "labels": labels}
 
     encoded = {role: rows.map(encode, batched=True, remove_columns=rows.column_names) for role, rows in splits.items()}
-    return Prepared(encoded, DataCollatorWithPadding(tokenizer), tokenizer, names)
+    metrics = REGRESSION if regression else classification(len(names))
+    return Prepared(encoded, DataCollatorWithPadding(tokenizer), tokenizer, metrics, names)
 
 
 def causal_lm(data: PromptData, splits: dict[str, Dataset], model: str, revision: str | None) -> Prepared:
     """Prompt, completion and end of text in one sequence; the loss sees the completion and the end only."""
     tokenizer = load_tokenizer(model, revision)
+    pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    keys = ("input_ids", "attention_mask", "labels")
 
-    def encode(row: dict[str, Any]) -> dict[str, list[int]]:
-        prompt, completion = row[data.prompt_column], row[data.completion_column]
-        if data.chat_template:
-            turn = [{"role": "user", "content": prompt}]
-            before = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
-        else:
-            before = tokenizer(prompt).input_ids
+    def sequence(before: list[int], completion: str) -> dict[str, list[int]]:
         after = [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         after = after[: data.max_length]
         before = before[max(len(before) + len(after) - data.max_length, 0) :]
         ids = before + after
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * len(before) + after}
 
-    encoded = {role: rows.map(encode, remove_columns=rows.column_names) for role, rows in splits.items()}
-    return Prepared(encoded, DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED), tokenizer)
+    def encode(row: dict[str, Any], with_others: bool) -> dict[str, Any]:
+        prompt, completion, others = data.texts(row)
+        space = ""
+        if data.chat_template:
+            turn = [{"role": "user", "content": prompt}]
+            before = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+        else:  # tokenizers that keep spaces put one at the beginning of the word after it
+            space = prompt[len(prompt.rstrip(" ")) :]
+            before = tokenizer(prompt.rstrip(" ")).input_ids
+        encoded: dict[str, Any] = sequence(before, space + completion)
+        if with_others:
+            encoded["others"] = [sequence(before, space + other) for other in others]
+        return encoded
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        if "others" not in rows[0]:
+            return pad(rows)
+        others = [(index, other) for index, row in enumerate(rows) for other in row["others"]]
+        batch = pad([{key: row[key] for key in keys} for row in (*rows, *(other for _, other in others))])
+        return {**batch, "example": torch.tensor([index for index, _ in others])}
+
+    choosing = data.metric == "choice_likelihood"
+    encoded = {}
+    for role, rows in splits.items():
+        options = {"with_others": choosing and role != "train"}
+        encoded[role] = rows.map(encode, fn_kwargs=options, remove_columns=rows.column_names)
+    if choosing:
+        return Prepared(encoded, collate, tokenizer, {data.metric: mean}, keep_columns=True, trainer=ChoiceTrainer)
+    if data.metric == "exact_match":
+        trainer = partial(GenerationTrainer, max_new_tokens=data.max_new_tokens, answer=data.answer)
+        return Prepared(encoded, collate, tokenizer, {data.metric: mean}, trainer=trainer)
+    return Prepared(encoded, collate, tokenizer, {data.metric: token_accuracy})
 
 
 def image_classification(
@@ -132,14 +175,15 @@ def image_classification(
     processor = AutoImageProcessor.from_pretrained(model, revision=revision)
     names = label_names(splits, data.label_column)
     feature = splits["train"].features[data.label_column]
+    size = {} if data.image_size is None else {"size": {"height": data.image_size, "width": data.image_size}}
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         images = [row[data.image_column].convert("RGB") for row in rows]
         labels = label_ids([row[data.label_column] for row in rows], names, feature)
-        return {**processor(images=images, return_tensors="pt"), "labels": torch.tensor(labels)}
+        return {**processor(images=images, return_tensors="pt", **size), "labels": torch.tensor(labels)}
 
     decoded = {role: rows.cast_column(data.image_column, Image()) for role, rows in splits.items()}
-    return Prepared(decoded, collate, processor, names, keep_columns=True)
+    return Prepared(decoded, collate, processor, classification(len(names)), names, keep_columns=True)
 
 
 TASKS = {
@@ -149,18 +193,3 @@ TASKS = {
     "causal-lm": Task(PromptData, AutoModelForCausalLM, causal_lm, "CAUSAL_LM"),
     "image-classification": Task(ImageClassificationData, AutoModelForImageClassification, image_classification, None),
 }
-
-
-def predict(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """The most likely class, or token at each position (virtual tokens of prompt methods come first and are cut)."""
-    classes = (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
-    return classes if labels.ndim == 1 else classes[:, -labels.shape[1] :]
-
-
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy over the examples, or over the completion's tokens."""
-    predicted, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
-    if labels.ndim == 2:  # a language model predicts the next token
-        predicted, labels = predicted[:, :-1], labels[:, 1:]
-    counted = labels != IGNORED
-    return {"accuracy": float((predicted == labels)[counted].mean())}

@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from peft import PeftModel, get_peft_model
-from transformers import PreTrainedModel, Trainer, set_seed
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers import AutoConfig, EvalPrediction, PreTrainedModel, Trainer, set_seed
 
+from .. import embedded
 from .data import load_splits, local_path
 from .errors import RecipeError, attempt
 from .recipe import Recipe
-from .tasks import Prepared, accuracy, predict
+from .tasks import Prepared
 
 
 HEADS = ("classifier", "score")  # what PEFT too takes for a classification head
@@ -59,7 +60,7 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict
             model.config.pad_token_id = pad
         return model
 
-    model = _adapted(recipe, base_model(recipe.arguments.seed), prepared)
+    model = _adapted(recipe, base_model(recipe.arguments.seed), bool(prepared.labels))
     trainer = _trainer(recipe, model, prepared)
     if overwrite and recipe.arguments.should_save:
         for path in earlier:
@@ -75,7 +76,12 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict
         reloaded = recipe.task.auto_model.from_pretrained(adapter, dtype=recipe.model.dtype)
     results["reloaded"] = _evaluate(_trainer(recipe, reloaded, prepared), prepared)
     results["seconds"]["total"] = time.monotonic() - started
-    results |= {"labels": prepared.labels, "peak_rss_bytes": _peak_rss(), "recipe": recipe.resolved}
+    results |= {
+        "metric": recipe.data.metric,
+        "labels": prepared.labels,
+        "peak_rss_bytes": _peak_rss(),
+        "recipe": recipe.resolved,
+    }
     results["versions"] = {"python": platform.python_version()}
     for package in ("hyperadapt_peft", "peft", "transformers", "accelerate", "datasets", "torch"):
         results["versions"][package] = version(package)
@@ -86,12 +92,40 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict
     return results
 
 
+def evaluate(recipe: Recipe, model: PreTrainedModel | PeftModel) -> dict[str, dict[str, float]]:
+    """Split -> loss and metrics of a model on the recipe's data, which is encoded for the recipe's model."""
+    source = attempt("model.name", lambda: local_path(recipe.model.name))
+    prepared = _prepare(recipe, source)
+    return _evaluate(_trainer(recipe, model, prepared), prepared)
+
+
+def dry_run(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, and how much it would train if the model's config is on this machine."""
+    text = yaml.safe_dump(recipe.resolved, sort_keys=False)
+    name = recipe.model.name
+    source = (
+        str(embedded.directory(name.removeprefix("embedded:"))) if name.startswith("embedded:") else local_path(name)
+    )
+    try:
+        config = AutoConfig.from_pretrained(source, revision=recipe.model.revision, local_files_only=True)
+    except (OSError, ValueError):
+        return text + f"# parameters not counted: {name} is not on this machine\n"
+    with torch.device("meta"):
+        model = recipe.task.auto_model.from_config(config)
+        # another number of classes changes the head only, which is not counted
+        model = _adapted(recipe, model, recipe.task.has_head)
+    head = _head(model, recipe.task.has_head)
+    sizes = [p.numel() for n, p in model.named_parameters() if p.requires_grad and not _is_in(head, n)]
+    return text + f"# trainable outside the head: {sum(sizes):,} parameters in {len(sizes)} tensors\n"
+
+
 def summary(results: dict[str, Any]) -> str:
     """The table printed at the end of a run."""
     parameters, seconds = results["parameters"], results["seconds"]
     split = "test" if "test" in results["after"] else "validation"
+    metric = results["metric"]
     rows = [
-        (f"{split} accuracy {label}", f"{results[when][split]['accuracy']:.2%}")
+        (f"{split} {metric.replace('_', ' ')} {label}", f"{results[when][split][metric]:.2%}")
         for when, label in (("before", "before"), ("after", "after"), ("reloaded", "reloaded from disk"))
     ]
     outside = f"{parameters['trainable_outside_head']:,} outside the head"
@@ -117,9 +151,9 @@ def _prepare(recipe: Recipe, source: str) -> Prepared:
     return prepared
 
 
-def _adapted(recipe: Recipe, model: PreTrainedModel, prepared: Prepared) -> PreTrainedModel | PeftModel:
+def _adapted(recipe: Recipe, model: PreTrainedModel, has_head: bool) -> PreTrainedModel | PeftModel:
     """The model with the recipe's tuner, its classification head trainable."""
-    head = _head(model, prepared)
+    head = _head(model, has_head)
     config = recipe.peft_config
     if config is None:
         for name, parameter in model.named_parameters():
@@ -133,9 +167,9 @@ def _adapted(recipe: Recipe, model: PreTrainedModel, prepared: Prepared) -> PreT
     return adapted
 
 
-def _head(model: PreTrainedModel | PeftModel, prepared: Prepared) -> list[str]:
+def _head(model: PreTrainedModel | PeftModel, has_head: bool) -> list[str]:
     """The names of the children that make the classification head: the usual names, or all beside the encoder."""
-    if not prepared.labels:
+    if not has_head:
         return []
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     names = [name for name, child in base.named_children() if any(True for _ in child.parameters())]
@@ -146,37 +180,19 @@ def _is_in(head: list[str], parameter: str) -> bool:
     return not set(head).isdisjoint(parameter.split("."))
 
 
-class _EpochSampler(LengthGroupedSampler):
-    """Draws its order from the seed and the epoch: a run resumed within an epoch could not find the global state."""
-
-    seed: int
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed + epoch)
-
-
-class _ResumableTrainer(Trainer):
-    """A Trainer whose batches grouped by length are, after resuming, those of the uninterrupted run."""
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        sampler = super()._get_train_sampler(*args, **kwargs)
-        if isinstance(sampler, LengthGroupedSampler):
-            sampler = _EpochSampler(sampler.batch_size, lengths=sampler.lengths)
-            sampler.seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return sampler
-
-
 def _trainer(recipe: Recipe, model: PreTrainedModel | PeftModel, prepared: Prepared) -> Trainer:
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        return {name: metric(prediction) for name, metric in prepared.metrics.items()}
+
     create = partial(
-        _ResumableTrainer,
+        prepared.trainer,
         model=model,
         args=recipe.arguments,
         train_dataset=prepared.splits["train"],
         eval_dataset=prepared.splits.get("validation"),
         data_collator=prepared.collator,
         processing_class=prepared.processor,
-        compute_metrics=accuracy,
-        preprocess_logits_for_metrics=predict,
+        compute_metrics=metrics,
     )
     trainer = attempt("training", create)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -197,7 +213,7 @@ def _fit(
     if trainer.args.should_save:
         _save(model, prepared, adapter)
     trainer.accelerator.wait_for_everyone()
-    head = _head(model, prepared)
+    head = _head(model, bool(prepared.labels))
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     return {
         "before": before,
@@ -227,12 +243,12 @@ def _save(model: PreTrainedModel | PeftModel, prepared: Prepared, adapter: Path)
 
 
 def _evaluate(trainer: Trainer, prepared: Prepared) -> dict[str, dict[str, float]]:
-    """Split -> loss and accuracy, on every split but the training one."""
+    """Split -> loss and metrics, on every split but the training one."""
     results = {}
     for role, rows in prepared.splits.items():
         if role != "train":
             metrics = trainer.evaluate(rows)
-            results[role] = {"loss": metrics["eval_loss"], "accuracy": metrics["eval_accuracy"]}
+            results[role] = {name: metrics[f"eval_{name}"] for name in ("loss", *prepared.metrics)}
     return results
 
 

@@ -49,6 +49,20 @@ WRONG = {
         ["data.validation_split=null", "training.eval_strategy=epoch"],
         "data.validation_split: expected a split, for training.eval_strategy is not 'no'",
     ),
+    "choices without choices": (
+        ["task=causal-lm", "data={name: x, metric: choice_likelihood}"],
+        "data.choices: expected with data.metric choice_likelihood",
+    ),
+    "labels without choices": (
+        ["task=causal-lm", "data={name: x, choice_labels: [A]}"],
+        "data.choice_labels: expected",
+    ),
+    "broken pattern": (
+        ["task=causal-lm", "data={name: x, answer_pattern: '('}"],
+        "data.answer_pattern: not a regular",
+    ),
+    "metric of another task": (["data.metric=exact_match"], "data.metric: expected one of accuracy, f1, "),
+    "reference to nowhere": (["data=none.yaml#rte"], ".*none.yaml: No such file"),
     "no samples": (["data.max_train_samples=0"], "data.max_train_samples: expected at least 1, got 0"),
     "evaluation in bf16": (["training.bf16_full_eval=true"], "training.bf16_full_eval: not supported"),
     "missing checkpoint": (["training.resume_from_checkpoint=x"], "training.resume_from_checkpoint: no such dir"),

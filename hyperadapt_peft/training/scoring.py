@@ -1,0 +1,128 @@
+"""Metrics, and the evaluation steps behind those that a forward pass with labels does not show."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch.nn import functional as F
+from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+from .resuming import ResumableTrainer
+
+
+IGNORED = -100  # the label that the loss leaves out
+Metrics = Mapping[str, Callable[[EvalPrediction], float]]
+
+
+def predict(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    """The most likely class, the value of a regression, or the most likely token at each position.
+
+    The virtual tokens of prompt methods come first and are cut.
+    """
+    scores = logits[0] if isinstance(logits, tuple) else logits
+    if labels.is_floating_point():
+        return scores.squeeze(-1)
+    classes = scores.argmax(-1)
+    return classes if labels.ndim == 1 else classes[:, -labels.shape[1] :]
+
+
+def classification(classes: int) -> Metrics:
+    """Accuracy, F1 (of the second class of two, else the mean over classes) and Matthews' correlation."""
+    f1 = partial(f1_score, average="binary" if classes == 2 else "macro", zero_division=0)
+    functions = {"accuracy": accuracy_score, "f1": f1, "matthews_correlation": matthews_corrcoef}
+    return {name: partial(_of_labels, function) for name, function in functions.items()}
+
+
+def _of_labels(function: Callable[[Any, Any], float], prediction: EvalPrediction) -> float:
+    return float(function(prediction.label_ids, prediction.predictions))
+
+
+def _correlation(function: Callable[[Any, Any], Any], prediction: EvalPrediction) -> float:
+    return float(np.nan_to_num(function(prediction.predictions, prediction.label_ids).statistic))  # a constant: 0
+
+
+REGRESSION: Metrics = {
+    "pearson": partial(_correlation, stats.pearsonr),
+    "spearman": partial(_correlation, stats.spearmanr),
+}
+
+
+def token_accuracy(prediction: EvalPrediction) -> float:
+    """Accuracy over the completions' tokens, each predicted from the right ones before it."""
+    predicted, labels = np.asarray(prediction.predictions)[:, :-1], np.asarray(prediction.label_ids)[:, 1:]
+    counted = labels != IGNORED
+    return float((predicted == labels)[counted].mean())
+
+
+def mean(prediction: EvalPrediction) -> float:
+    """The share of right answers, where the evaluation step has judged them."""
+    return float(np.mean(prediction.predictions))
+
+
+class ArgmaxTrainer(ResumableTrainer):
+    """Evaluates by a forward pass, of which only the predictions are kept: logits of a vocabulary would fill the memory."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(preprocess_logits_for_metrics=predict, **kwargs)
+
+
+class GenerationTrainer(ResumableTrainer):
+    """Evaluates by what the model generates, greedily, for the prompt of each row."""
+
+    def __init__(self, max_new_tokens: int, answer: Callable[[str], str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.max_new_tokens, self.answer = max_new_tokens, answer
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None):  # type: ignore[override]
+        """The loss, and for each row whether the generated answer is the completion's."""
+        loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
+        assert loss is not None, "the rows have labels"
+        tokenizer: PreTrainedTokenizerBase = self.processing_class  # type: ignore[assignment]
+        inputs = self._prepare_inputs(inputs)
+        known = inputs["labels"] == IGNORED
+        prompts = [
+            row[keep] for row, keep in zip(inputs["input_ids"], known & inputs["attention_mask"].bool(), strict=True)
+        ]
+        padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(loss.device)
+        with self.compute_loss_context_manager():
+            tokens = self.accelerator.unwrap_model(model).generate(
+                **padded,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        generated = tokenizer.batch_decode(tokens[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
+        completions = [row[~ignored] for row, ignored in zip(inputs["labels"], known, strict=True)]
+        expected = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        right = [self.answer(one) == self.answer(other) for one, other in zip(generated, expected, strict=True)]
+        result = torch.tensor(right, dtype=torch.float32, device=loss.device)
+        return loss, result, result
+
+
+class ChoiceTrainer(ResumableTrainer):
+    """Evaluates by which completion is the most likely, per token.
+
+    A batch holds the right completions first and then the others; `example` tells which of the right ones each competes
+    with.
+    """
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None):  # type: ignore[override]
+        """The right completions' loss, and for each whether it is likelier than every other."""
+        inputs = self._prepare_inputs(inputs)
+        labels, example = inputs.pop("labels"), inputs.pop("example")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs).logits[:, -labels.shape[1] :]
+        targets = labels[:, 1:]
+        losses = F.cross_entropy(
+            logits[:, :-1].transpose(1, 2).float(), targets, ignore_index=IGNORED, reduction="none"
+        )
+        per_token = losses.sum(1) / (targets != IGNORED).sum(1)
+        right, others = per_token.split([len(per_token) - len(example), len(example)])
+        best_other = torch.full_like(right, torch.inf).scatter_reduce(0, example, others, "amin")
+        result = (right < best_other).float()
+        return right.mean(), result, result
