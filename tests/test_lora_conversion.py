@@ -53,7 +53,7 @@ def test_the_energy_is_what_the_converted_update_holds(adapted, rank):
 def test_full_rank_keeps_all(config, tmp_path):
     torch.manual_seed(0)
     model = get_peft_model(build("llama")[0], CONFIGS[config](target_modules=["q_proj", "o_proj"], init_weights=False))
-    assert set(lora_energy(model, 32).values()) == {pytest.approx(1.0)}
+    assert min(lora_energy(model, 32).values()) == pytest.approx(1.0)
     expected = logits(model)
     save_as_lora(tmp_path, model, rank=32)
     loaded = PeftModel.from_pretrained(build("llama")[0], tmp_path)
