@@ -65,7 +65,8 @@ def test_an_ordinary_checkpoint(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     for path, logits in expected.items():
-        assert torch.equal(torch.load(path / "logits.pt"), logits), path
+        tolerance = 0.02 if logits.dtype == torch.bfloat16 else 1e-6  # in bf16 a product depends on memory's alignment
+        torch.testing.assert_close(torch.load(path / "logits.pt"), logits, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "t5"])

@@ -102,6 +102,9 @@ def loadable_tensors(model: nn.Module, adapter_name: str, state: Tensors) -> tup
         if isinstance(module, AuxiliaryTrainingWrapper):
             keys = [f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values()]
             required.update({key: state[key] for key in keys if key in state})
+            # with `bias`, PEFT saves their biases once more, and ignores them
+            doubled = {key.replace(f".{adapter_name}.", "."): key for key in keys if key.endswith(".bias")}
+            optional.update({name: state[key] for name, key in doubled.items() if key in state})
         if module in embeddings:
             keys = [f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)]
             optional.update({key: state[key] for key in keys if key in state})

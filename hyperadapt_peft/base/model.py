@@ -153,7 +153,8 @@ class TargetModel(BaseTuner):
         state = model.state_dict()
         required, optional = loadable_tensors(model, adapter_name, state)
         # where the layers were injected without a PeftModel around them, PEFT removes its prefix after this hook
-        given = {key if key in state else key.removeprefix("base_model.model."): v for key, v in state_dict.items()}
+        known = {**state, **optional}
+        given = {key if key in known else key.removeprefix("base_model.model."): v for key, v in state_dict.items()}
         # PEFT does not pass its option on; its only caller of this hook, set_peft_model_state_dict, holds it
         ignore = sys._getframe(1).f_locals.get("ignore_mismatched_sizes", False)
         check_tensors(required, given, optional, ignore_mismatched_sizes=ignore)

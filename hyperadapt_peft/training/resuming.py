@@ -24,4 +24,5 @@ class ResumableTrainer(Trainer):
         if isinstance(sampler, LengthGroupedSampler):
             sampler = _EpochSampler(sampler.batch_size, lengths=sampler.lengths)
             sampler.seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler.set_epoch(0)  # accelerate does not find it when there are several processes, and they must agree
         return sampler

@@ -137,7 +137,7 @@ def order(directory: Path) -> None:
     """The rows each process would train on in an epoch, when its random numbers are not the other's."""
     rows = [{"input_ids": [3] * (1 + i % 7), "labels": i} for i in range(48)]
     prepared = Prepared(
-        {"train": rows}, lambda batch: {"labels": torch.tensor([row["labels"] for row in batch])}, None
+        {"train": rows}, lambda batch: {"labels": torch.tensor([row["labels"] for row in batch])}, None, {}
     )
     arguments = TrainingArguments(
         str(directory / "order"),
