@@ -182,7 +182,7 @@ def _fit(
     before = _evaluate(trainer, prepared)
     if trainer.args.world_size > 1:
         # accelerate would take the model for one that is wrapped already, and every process would train on its own
-        trainer.model._is_accelerate_prepared = False  # type: ignore[assignment]
+        model._is_accelerate_prepared = False  # type: ignore[assignment]
     done = trainer.train(resume_from_checkpoint=checkpoint)
     after = _evaluate(trainer, prepared)
     if trainer.args.should_save:
