@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
@@ -43,7 +43,7 @@ def load(adapter: str | Path, base: str | None = None) -> PeftModel:
     config = PeftConfig.from_pretrained(str(adapter))
     source = base or config.base_model_name_or_path
     name = (config.auto_mapping or {}).get("base_model_class", "")
-    auto_model = AUTO_MODELS.get(config.task_type) or getattr(transformers, name, None)
+    auto_model: Any = AUTO_MODELS.get(config.task_type) or getattr(transformers, name, None)
     if source is None or not isinstance(auto_model, type):
         raise ValueError(f"{adapter}: its config names no base model that transformers has")
     if issubclass(auto_model, PreTrainedModel) or auto_model in AUTO_MODELS.values():
@@ -59,11 +59,12 @@ def inspect(model: PeftModel, adapter_name: str = "default") -> dict[str, dict[s
         ValueError: the method has no additive update of a weight.
     """
     report = {}
-    for name, module in model.base_model.model.named_modules():
-        if not isinstance(module, BaseTunerLayer) or not hasattr(module, "get_delta_weight"):
+    for name, module in model.get_base_model().named_modules():
+        update = getattr(module, "get_delta_weight", None)
+        if not isinstance(module, BaseTunerLayer) or update is None:
             continue
         with torch.no_grad():
-            delta = module.get_delta_weight(adapter_name).float().flatten(1)
+            delta = update(adapter_name).float().flatten(1)
             weight = module.get_base_layer().weight
         entry = describe(delta)
         entry["relative_norm"] = float(delta.norm() / weight.float().norm())
@@ -72,7 +73,8 @@ def inspect(model: PeftModel, adapter_name: str = "default") -> dict[str, dict[s
             entry["scales"] = {side: statistics(1 + offset) for side, offset in sides if offset is not None}
         report[name] = entry
     if not report:
-        raise ValueError(f"{model.peft_config[adapter_name].peft_type.value} has no update that is added to a weight")
+        method = PeftType(model.peft_config[adapter_name].peft_type).value
+        raise ValueError(f"{method} has no update that is added to a weight")
     return report
 
 

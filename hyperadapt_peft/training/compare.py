@@ -67,8 +67,9 @@ def load(path: str | Path) -> Comparison:
         base = Path(path).parent / values["recipe"]
         if not base.is_file():
             raise RecipeError(f"recipe: no such file '{values['recipe']}'")
-        values["recipe"] = yaml.safe_load(base.read_text())
-        recipes.refer(values["recipe"], base.parent)
+        recipe = yaml.safe_load(base.read_text())
+        recipes.refer(recipe, base.parent)
+        values["recipe"] = recipe
     if not isinstance(values["seeds"], list) or not all(type(seed) is int for seed in values["seeds"] or [""]):
         raise RecipeError(f"seeds: expected a list of int, got {values['seeds']!r}")
     if not isinstance(values["methods"], dict) or not values["methods"]:
