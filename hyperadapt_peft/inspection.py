@@ -9,7 +9,7 @@ Of an update `dW` (n x m) with singular values s_1 >= s_2 >= ...:
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -46,10 +46,10 @@ def load(adapter: str | Path, base: str | None = None) -> PeftModel:
     auto_model: Any = AUTO_MODELS.get(config.task_type) or getattr(transformers, name, None)
     if source is None or not isinstance(auto_model, type):
         raise ValueError(f"{adapter}: its config names no base model that transformers has")
-    if issubclass(auto_model, PreTrainedModel) or auto_model in AUTO_MODELS.values():
-        model = auto_model.from_pretrained(source, dtype=torch.float32)
-        return PeftModel.from_pretrained(model, str(adapter), ignore_mismatched_sizes=True)
-    raise ValueError(f"{adapter}: {name} is no model of transformers")
+    if not (issubclass(auto_model, PreTrainedModel) or auto_model in AUTO_MODELS.values()):
+        raise ValueError(f"{adapter}: {name} is no model of transformers")
+    model = cast(Any, auto_model).from_pretrained(source, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, str(adapter), ignore_mismatched_sizes=True)
 
 
 def inspect(model: PeftModel, adapter_name: str = "default") -> dict[str, dict[str, Any]]:
@@ -60,7 +60,7 @@ def inspect(model: PeftModel, adapter_name: str = "default") -> dict[str, dict[s
     """
     report = {}
     for name, module in model.get_base_model().named_modules():
-        update = getattr(module, "get_delta_weight", None)
+        update: Any = getattr(module, "get_delta_weight", None)
         if not isinstance(module, BaseTunerLayer) or update is None:
             continue
         with torch.no_grad():

@@ -34,8 +34,11 @@ def assets(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("place", ["directory", "hub"])
-@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path, place",
+    [(NOTEBOOKS / "many_adapters.ipynb", "hub"), *((path, "directory") for path in sorted(NOTEBOOKS.glob("*.ipynb")))],
+    ids=lambda value: getattr(value, "stem", value),
+)
 def test_every_notebook_runs(path, place, assets, tmp_path, monkeypatch):
     monkeypatch.setenv("NOTEBOOK_ASSETS", str(assets))
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOKS.parent), prepend=os.pathsep)
@@ -54,8 +57,9 @@ def test_every_notebook_runs(path, place, assets, tmp_path, monkeypatch):
     finally:
         if place == "hub":
             hub.stop()
-    assert (tmp_path / "many-adapters").is_dir() == (place == "directory")
-    assert len(hub.repos) == (place == "hub")
+    if path.stem == "many_adapters":
+        assert (tmp_path / "many-adapters").is_dir() == (place == "directory")
+        assert len(hub.repos) == (place == "hub")
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
