@@ -77,6 +77,7 @@ def killed(saver, model, directory, operation):
     directory.with_suffix(".count").write_text(str(count()))
 
 
+@pytest.mark.parametrize("models", ["surm"], indirect=True)
 @pytest.mark.parametrize("saver", [save, save_run])
 def test_killed_at_every_operation_on_a_file(models, saver, tmp_path):
     old, new = models

@@ -150,7 +150,7 @@ def test_autocast_and_compile_and_checkpointing_agree():
         y = model(x)
     assert y.dtype is torch.bfloat16
     torch.testing.assert_close(y.float(), expected, rtol=3e-2, atol=3e-2)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model.get_base_model(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected)
     checkpointed = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
     grads = [torch.autograd.grad(y.sum(), model.base_model.model.layer.surm_first["default"].weight)[0]
