@@ -10,7 +10,7 @@ export MALLOC_TRIM_THRESHOLD_ := 8000000000
 export MALLOC_TOP_PAD_ := 268435456
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test lint conformance clean
+.PHONY: quickstart test lint conformance compatibility clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,7 +22,7 @@ quickstart: $(VENV)/.ready  ## fine-tune, save, reload and evaluate an adapter o
 	$(BIN)/python -m hyperadapt_peft train configs/quickstart.yaml --overwrite
 
 test: $(VENV)/.ready lint  ## every test, with a quick part of PEFT's own test-suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check
@@ -30,8 +30,10 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 
 conformance: $(VENV)/.ready  ## all of PEFT's own test-suite that applies, beside LoRA and IA3
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,quantization]'
 	$(BIN)/python -m tests.conformance --method hyperadapt surm lora ia3 -n 2
+
+compatibility: $(VENV)/.ready  ## a part of the tests under the oldest and newest versions, each downloaded
+	$(BIN)/python -m tests.compatibility
 
 clean:
 	rm -rf $(VENV) build *.egg-info

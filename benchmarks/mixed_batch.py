@@ -26,6 +26,7 @@ from tqdm import tqdm
 from transformers import BertConfig, BertModel
 
 from hyperadapt_peft import HyperAdaptConfig
+from hyperadapt_peft.hyperadapt import HyperAdaptLayer
 from hyperadapt_peft.many_adapters import load_adapters
 
 
@@ -59,10 +60,15 @@ def copy_lora(model: nn.Module, adapters: int) -> None:
 
 def loaded_model(method: str, adapters: int, directory: Path):
     """The model with that many adapters, and what loading them took."""
+    base = BertModel(BertConfig())
+    model = get_peft_model(base, CONFIGS[method]())
     for i in range(FILES if method == "HyperAdapt" else 1):
         torch.manual_seed(i)
-        get_peft_model(BertModel(BertConfig()), CONFIGS[method]()).save_pretrained(directory / str(i))
-    model = PeftModel.from_pretrained(BertModel(BertConfig()), directory / "0", "adapter0")
+        for layer in model.modules():
+            if isinstance(layer, HyperAdaptLayer):
+                layer.reset_parameters("default", init_weights=False)
+        model.save_pretrained(directory / str(i))
+    model = PeftModel.from_pretrained(model.unload(), directory / "0", "adapter0")
     before, row = rss(), {}
     if method == "HyperAdapt":
         paths = {f"adapter{i}": directory / str(i % FILES) for i in range(1, adapters)}

@@ -8,7 +8,7 @@ base layer's own output never, and each gradient is one product and one sum.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, Optional
 
 import torch
@@ -89,8 +89,10 @@ def _is_composite(offset: Tensor, x: Tensor) -> bool:
 
 def _along_channels(vector: Tensor, like: Tensor, channel_dims: int) -> Tensor:
     """Shape (size,) or (batch, size) so that it multiplies the channels of `like`, in its dtype."""
-    vector = vector.to(like.dtype)
-    vector = vector.reshape(*vector.shape, *(1,) * channel_dims)
+    if vector.dtype != like.dtype:
+        vector = vector.to(like.dtype)
+    if channel_dims:
+        vector = vector.reshape(*vector.shape, *(1,) * channel_dims)
     if vector.dim() == channel_dims + 1:
         return vector
     return vector.reshape(len(vector), *(1,) * (like.dim() - vector.dim()), *vector.shape[1:])
@@ -101,7 +103,14 @@ def _sum_to_channels(x: Tensor, channel_dims: int, dtype: torch.dtype) -> Tensor
     channels = x.dim() - 1 - channel_dims
     dims = [dim for dim in range(x.dim()) if dim != channels]
     wide = torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
-    return (x.sum(dims, dtype=wide) if dims else x).to(dtype)
+    return (x.sum(dims, dtype=wide) if dims else x.clone()).to(dtype)
+
+
+def _scale_again(grad: Tensor, offset: Tensor, channel_dims: int, product: Optional[Tensor]) -> Tensor:
+    """`scale` of a gradient; into the memory of a product that has been summed, which is still in the cache."""
+    offset = _along_channels(offset, grad, channel_dims)
+    out = product if product is not None and product.dtype == grad.dtype and product.shape == grad.shape else None
+    return torch.addcmul(grad, grad, offset, out=out)
 
 
 class _Watch:
@@ -127,11 +136,12 @@ class _ScaleInput(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
         offset, x = ctx.saved_tensors
-        grad_x = grad_offset = None
-        if ctx.needs_input_grad[0]:
-            grad_x = scale(grad, _along_channels(offset, grad, ctx.channel_dims))
+        grad_x = grad_offset = product = None
         if ctx.needs_input_grad[1]:
-            grad_offset = _sum_to_channels(grad * x, ctx.channel_dims, offset.dtype)
+            product = grad * x
+            grad_offset = _sum_to_channels(product, ctx.channel_dims, offset.dtype)
+        if ctx.needs_input_grad[0]:
+            grad_x = _scale_again(grad, offset, ctx.channel_dims, product)
         return grad_x, grad_offset, None
 
 
@@ -153,7 +163,7 @@ class _ScaleOutput(torch.autograd.Function):
             ctx.mark_dirty(result)
         scaled = _scale_output(result, offset, bias, channel_dims, in_place)
         ctx.again, ctx.channel_dims, ctx.watch = again, channel_dims, watch
-        ctx.autocast = _autocast_of(result.device.type)
+        ctx.autocast = _autocast_state(result.device.type)
         if ctx.needs_input_grad[1]:
             # A model may change a linear layer's output in place, and autograd's own check would refuse it: what is
             # saved has a version counter of its own, and `watch` sees the output's.
@@ -166,30 +176,31 @@ class _ScaleOutput(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
         offset, bias, x, column, kept = ctx.saved_tensors
-        grad_result = grad_offset = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_result = scale(grad, _along_channels(offset, grad, ctx.channel_dims))
+        grad_result = grad_offset = grad_bias = product = None
         if ctx.needs_input_grad[1]:
             divisor = 1 + offset
             if kept is not None and not ctx.watch.changed() and divisor.abs().min() >= SMALLEST_DIVISOR:
-                result = kept
+                product = grad * kept
             else:
                 divisor = None
-                with ctx.autocast:
+                with torch.autocast(**ctx.autocast) if ctx.autocast else nullcontext():
                     inputs = x if column is None else scale(x, _along_channels(column, x, ctx.channel_dims))
-                    result = ctx.again(inputs)
-            grad_offset = _sum_to_channels(grad * result, ctx.channel_dims, offset.dtype)
+                    product = grad * ctx.again(inputs)
+            grad_offset = _sum_to_channels(product, ctx.channel_dims, offset.dtype)
             if bias is not None:
                 grad_offset = grad_offset - bias * _sum_to_channels(grad, ctx.channel_dims, offset.dtype)
             if divisor is not None:
                 grad_offset = grad_offset / divisor
+        if ctx.needs_input_grad[0]:
+            grad_result = _scale_again(grad, offset, ctx.channel_dims, product)
         if ctx.needs_input_grad[2]:
             grad_bias = -offset * _sum_to_channels(grad, ctx.channel_dims, offset.dtype)
         return grad_result, grad_offset, grad_bias, None, None, None, None, None, None
 
 
-def _autocast_of(device: str) -> AbstractContextManager:
-    """The autocast that is on now, to be on again in backward."""
+def _autocast_state(device: str) -> Optional[dict[str, Any]]:
+    """The arguments of the autocast that is on or off now, for backward; None where there is no autocast."""
     if not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        return None
+    enabled = torch.is_autocast_enabled(device)
+    return {"device_type": device, "dtype": torch.get_autocast_dtype(device), "enabled": enabled}
