@@ -60,11 +60,10 @@ def inspect(model: PeftModel, adapter_name: str = "default") -> dict[str, dict[s
     """
     report = {}
     for name, module in model.get_base_model().named_modules():
-        update: Any = getattr(module, "get_delta_weight", None)
-        if not isinstance(module, BaseTunerLayer) or update is None:
+        if not isinstance(module, BaseTunerLayer) or not hasattr(module, "get_delta_weight"):
             continue
         with torch.no_grad():
-            delta = update(adapter_name).float().flatten(1)
+            delta = cast(Any, module).get_delta_weight(adapter_name).float().flatten(1)
             weight = module.get_base_layer().weight
         entry = describe(delta)
         entry["relative_norm"] = float(delta.norm() / weight.float().norm())
