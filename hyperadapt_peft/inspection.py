@@ -64,7 +64,7 @@ def inspect(model: PeftModel, adapter_name: str = "default") -> dict[str, dict[s
             continue
         with torch.no_grad():
             delta = cast(Any, module).get_delta_weight(adapter_name).float().flatten(1)
-            weight = module.get_base_layer().weight
+            weight: Any = module.get_base_layer().weight
         entry = describe(delta)
         entry["relative_norm"] = float(delta.norm() / weight.float().norm())
         if isinstance(module, HyperAdaptLayer):
