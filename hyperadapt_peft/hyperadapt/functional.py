@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 # Dividing the scaled output by a smaller scale would lose too many digits beside a bias; it is then computed again.
 SMALLEST_DIVISOR = 0.1
+_FULL_PRECISION = (torch.float32, torch.float64)
 
 
 def scale(x: Tensor, offset: Tensor) -> Tensor:
@@ -106,11 +107,15 @@ def _sum_to_channels(x: Tensor, channel_dims: int, dtype: torch.dtype) -> Tensor
     return (x.sum(dims, dtype=wide) if dims else x.clone()).to(dtype)
 
 
-def _scale_again(grad: Tensor, offset: Tensor, channel_dims: int, product: Optional[Tensor]) -> Tensor:
-    """`scale` of a gradient; into the memory of a product that has been summed, which is still in the cache."""
-    offset = _along_channels(offset, grad, channel_dims)
-    out = product if product is not None and product.dtype == grad.dtype and product.shape == grad.shape else None
-    return torch.addcmul(grad, grad, offset, out=out)
+def _sum_products(grad: Tensor, x: Tensor, offset: Tensor, channel_dims: int) -> Tensor:
+    """Sum `grad * x` over all but the channels, (size,) in offset's dtype."""
+    if channel_dims == 0 and grad.dtype == x.dtype == offset.dtype and grad.numel() and grad.dtype in _FULL_PRECISION:
+        # the gradient of a layer norm's weight is this sum, in one pass and up to three times as fast
+        mean, rstd = grad.new_zeros(*grad.shape[:-1], 1), grad.new_ones(*grad.shape[:-1], 1)
+        return torch.ops.aten.native_layer_norm_backward(
+            grad, x, offset.shape, mean, rstd, offset, None, [False, True, False]
+        )[1]
+    return _sum_to_channels(grad * x, channel_dims, offset.dtype)
 
 
 class _Watch:
@@ -136,12 +141,11 @@ class _ScaleInput(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
         offset, x = ctx.saved_tensors
-        grad_x = grad_offset = product = None
-        if ctx.needs_input_grad[1]:
-            product = grad * x
-            grad_offset = _sum_to_channels(product, ctx.channel_dims, offset.dtype)
+        grad_x = grad_offset = None
         if ctx.needs_input_grad[0]:
-            grad_x = _scale_again(grad, offset, ctx.channel_dims, product)
+            grad_x = scale(grad, _along_channels(offset, grad, ctx.channel_dims))
+        if ctx.needs_input_grad[1]:
+            grad_offset = _sum_products(grad, x, offset, ctx.channel_dims)
         return grad_x, grad_offset, None
 
 
@@ -176,23 +180,22 @@ class _ScaleOutput(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
         offset, bias, x, column, kept = ctx.saved_tensors
-        grad_result = grad_offset = grad_bias = product = None
+        grad_result = grad_offset = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_result = scale(grad, _along_channels(offset, grad, ctx.channel_dims))
         if ctx.needs_input_grad[1]:
-            divisor = 1 + offset
-            if kept is not None and not ctx.watch.changed() and divisor.abs().min() >= SMALLEST_DIVISOR:
-                product = grad * kept
+            intact = kept is not None and not ctx.watch.changed() and bool(offset.min() >= SMALLEST_DIVISOR - 1)
+            if intact:
+                result = kept
             else:
-                divisor = None
                 with torch.autocast(**ctx.autocast) if ctx.autocast else nullcontext():
                     inputs = x if column is None else scale(x, _along_channels(column, x, ctx.channel_dims))
-                    product = grad * ctx.again(inputs)
-            grad_offset = _sum_to_channels(product, ctx.channel_dims, offset.dtype)
+                    result = ctx.again(inputs)
+            grad_offset = _sum_products(grad, result, offset, ctx.channel_dims)
             if bias is not None:
                 grad_offset = grad_offset - bias * _sum_to_channels(grad, ctx.channel_dims, offset.dtype)
-            if divisor is not None:
-                grad_offset = grad_offset / divisor
-        if ctx.needs_input_grad[0]:
-            grad_result = _scale_again(grad, offset, ctx.channel_dims, product)
+            if intact:
+                grad_offset = grad_offset / (1 + offset)
         if ctx.needs_input_grad[2]:
             grad_bias = -offset * _sum_to_channels(grad, ctx.channel_dims, offset.dtype)
         return grad_result, grad_offset, grad_bias, None, None, None, None, None, None
