@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
 from . import recipe as recipes
@@ -56,18 +55,13 @@ def load(path: str | Path) -> Comparison:
     Raises:
         RecipeError: anything in it is wrong; the message is one line that names the key.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    values = recipes.read_yaml(Path(path))
     _keys("", values, KEYS)
     if isinstance(values["recipe"], str):
         base = Path(path).parent / values["recipe"]
         if not base.is_file():
             raise RecipeError(f"recipe: no such file '{values['recipe']}'")
-        recipe = yaml.safe_load(base.read_text())
+        recipe = recipes.read_yaml(base)
         recipes.refer(recipe, base.parent)
         values["recipe"] = recipe
     if not isinstance(values["seeds"], list) or not all(type(seed) is int for seed in values["seeds"] or [""]):

@@ -63,7 +63,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: anything in it is wrong; the message is one line that names the key.
     """
-    values = _read(Path(path))
+    values = read_yaml(Path(path))
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected the sections {', '.join(SECTIONS)}")
     directory = Path(path).parent
@@ -84,7 +84,7 @@ def refer(values: dict[str, Any], directory: Path) -> None:
         reference = values.get(section)
         if isinstance(reference, str) and "#" in reference:
             name, _, key = reference.rpartition("#")
-            parts = _read(directory / name)
+            parts = read_yaml(directory / name)
             if not isinstance(parts, dict) or key not in parts:
                 raise RecipeError(f"{section}: {name} has no part '{key}'{nearest(key, parts or ())}")
             values[section] = parts[key]
@@ -150,8 +150,8 @@ def read_tuner(values: Mapping[str, Any] | str, task: Task) -> tuple[str, PeftCo
     return peft_type, _build("tuner", config_class, tuner) if config_class else None
 
 
-def _read(path: Path) -> Any:
-    """What a YAML file holds."""
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises RecipeError if it cannot be read or is not YAML."""
     try:
         return yaml.safe_load(path.read_text())
     except OSError as error:
