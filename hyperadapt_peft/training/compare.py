@@ -163,7 +163,7 @@ def _run(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(values: dict[str, Any]) -> None:
-    train(recipes.check(values), resume=True)
+    train(recipes.check(values), resume=True, evaluate_once=True)
 
 
 def _score(result: Mapping[str, Any], split: str) -> float:
