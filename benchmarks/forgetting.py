@@ -1,10 +1,10 @@
-"""Forgetting: what a language model that learns sums loses on a task it was not trained on.
+"""Forgetting: what a language model that learns sums loses of the language it knew.
 
     python -m benchmarks.forgetting
 
-Scores the untrained model, and every model that `hyperadapt compare configs/compare/arithmetic.yaml` has trained at its
-method's chosen learning rate, on the task of configs/compare/commonsense.yaml. Writes
-benchmarks/results/forgetting.json: the arithmetic scores beside those of the other task, one per seed.
+Takes the untrained model, and every model that `hyperadapt compare configs/compare/arithmetic.yaml` has trained at its
+method's chosen learning rate, and scores how well they predict the tokens of movie-review sentences. Writes
+benchmarks/results/forgetting.json: the sums' scores beside the sentences', one per seed.
 """
 
 import json
@@ -21,13 +21,22 @@ from hyperadapt_peft.training.train import evaluate
 
 
 ROOT = Path(__file__).parents[1]
+SENTENCES = {
+    "name": "embedded:movie-reviews",
+    "prompt": "A sentence from a film review: ",
+    "completion_column": "sentence",
+    "metric": "token_accuracy",
+    "max_length": 128,
+    "validation_split": None,
+    "max_test_samples": 200,
+}
 
 
 def main() -> None:
-    learned, other = (load(ROOT / f"configs/compare/{name}.yaml") for name in ("arithmetic", "commonsense"))
-    name = next(iter(other.methods))
-    _, values = other.cell(name, other.methods[name]["learning_rates"][0], other.seeds[0])
-    recipe = recipes.check(values)
+    learned = load(ROOT / "configs/compare/arithmetic.yaml")
+    name = next(iter(learned.methods))
+    _, values = learned.cell(name, learned.methods[name]["learning_rates"][0], learned.seeds[0])
+    recipe = recipes.check(values | {"data": SENTENCES})
     source = local_path(recipe.model.name)
 
     def score(directory: Path | None) -> float:
@@ -37,12 +46,12 @@ def main() -> None:
             model = PeftModel.from_pretrained(model, directory)
         return evaluate(recipe, model)["test"][recipe.data.metric]
 
-    results = {"untrained": {"other": [score(None)]}}
-    for row in tqdm(json.loads((ROOT / learned.output_dir / "comparison.json").read_text())):
+    results = {"untrained": {"sentences": [score(None)]}}
+    for row in tqdm(json.loads((ROOT / learned.output_dir / "comparison.json").read_text()), unit="method"):
         cells = [learned.cell(row["method"], row["learning_rate"], seed)[0] for seed in learned.seeds]
         adapters = [ROOT / cell / "adapter" for cell in cells]
         scores = [score(adapter) for adapter in adapters if adapter.is_dir()]
-        results[row["method"]] = {"learned": row["test"], "other": scores}
+        results[row["method"]] = {"sums": row["test"], "sentences": scores}
         (ROOT / "benchmarks/results/forgetting.json").write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
 

@@ -1,16 +1,23 @@
 """The embedded assets, on packages built here: pip takes them from a directory, never from a network."""
 
+import dataclasses
+import gzip
 import hashlib
 import io
 import json
+import re
+import shutil
+import subprocess
 import tarfile
 import zipfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
+from datasets import load_dataset
 from transformers import Dinov2Config, Dinov2Model
 
 from hyperadapt_peft import embedded
@@ -40,60 +47,68 @@ def test_movie_reviews_are_labelled_deduplicated_and_split(tmp_path):
     assert found['{"sentence": "A fine film", "label": "positive"}'] == embedded.split_of("A fine film")
 
 
-def bigbench(path, tasks):
-    """A source distribution with these tasks: name -> examples."""
-    files = {
-        f"bigbench-1/bigbench/benchmark_tasks/{name}/task.json": {"examples": rows} for name, rows in tasks.items()
-    }
-    path.write_bytes(tar({name: json.dumps(content).encode() for name, content in files.items()}))
-    return path
+def rows_of(name):
+    """Split -> rows of a generated asset."""
+    directory = embedded.path(name)
+    files = {split: directory / f"{split}.jsonl" for split in ("train", "validation", "test")}
+    return {split: [json.loads(line) for line in file.open()] for split, file in files.items()}
 
 
-def written(target):
-    return [
-        json.loads(line) for split in ("train", "validation", "test") for line in (target / f"{split}.jsonl").open()
-    ]
+def test_sums_are_right_and_in_one_split_each():
+    splits = rows_of("sums")
+    seen = Counter(row["prompt"] for rows in splits.values() for row in rows)
+    assert len(seen) > 11_000 and set(seen.values()) == {1}
+    for row in splits["test"]:
+        first, sign, second = re.search(r"(\d+) ([+-]) (\d+) =$", row["prompt"]).groups()
+        assert all(2 <= len(number) <= 4 for number in (first, second))
+        assert int(row["completion"]) == int(first) + int(f"{sign}{second}")
+    assert splits["train"] == rows_of("sums")["train"] and len(splits["test"]) > 2_000
 
 
-@pytest.mark.parametrize(
-    ("name", "task", "example", "row", "split_by"),
-    [
-        (
-            "sums",
-            "arithmetic/3_digit_subtraction",
-            {"input": "What is 5 minus 3?", "target": "2", "target_scores": {"2": 1.0, "house": 0.0}},
-            {"prompt": "What is 5 minus 3?", "completion": "2"},
-            "What is 5 minus 3?",
-        ),
-        (
-            "social-iqa",
-            "social_iqa",
-            {"input": "Al left. Why did Al? ", "target_scores": {"Bored": 0, "Tired": 1, "Late": 0}},
-            {"prompt": "Al left. Why did Al?", "choices": ["Bored", "Tired", "Late"], "answer": 1},
-            "Al left",
-        ),
-        (
-            "vitaminc",
-            "vitaminc_fact_verification",
-            {"input": "Al: Al was born .\nClaim: Al lives .", "target_scores": {"True": 0, "False": 0, "Neither": 1}},
-            {"evidence": "Al: Al was born .", "claim": "Al lives .", "label": "Neither"},
-            "Al: Al was born .",
-        ),
-    ],
-)
-def test_tasks_become_rows_and_what_belongs_together_is_in_one_split(tmp_path, name, task, example, row, split_by):
-    sdist = bigbench(tmp_path / "sdist.tar.gz", {task: [example, example], "other/task": [{"input": "x"}]})
-    embedded.DATASETS[name].unpack(sdist, tmp_path)
-    assert written(tmp_path) == [row]  # once
-    assert (tmp_path / f"{embedded.split_of(split_by)}.jsonl").read_text()
+def test_family_relations_have_their_answer_among_the_choices_and_a_family_is_in_one_split():
+    splits = rows_of("family-relations")
+    families = [{row["family"] for row in rows} for rows in splits.values()]
+    assert sum(map(len, families)) == len(set().union(*families))
+    row = next(row for row in splits["test"] if row["family"].startswith("Jack is married to Sky."))
+    assert row["question"].startswith("How is Sky related to Jack?") and row["choices"][row["answer"]] == "wife"
 
 
-def test_images_become_folders(tmp_path):
-    example = {"input": "aGVsbG8=", "target_scores": {"cat": 0.0, "dog": 1.0}}
-    sdist = bigbench(tmp_path / "sdist.tar.gz", {"cifar10_classification/base64": [example]})
-    embedded.DATASETS["cifar10"].unpack(sdist, tmp_path / "images")
-    (file,) = (tmp_path / "images").rglob("*.png")
-    assert file.read_bytes() == b"hello" and file.parts[-3:-1] == (embedded.split_of("aGVsbG8="), "dog")
+def test_premises_are_in_one_split():
+    splits = rows_of("syllogisms")
+    premises = [{row["premises"] for row in rows} for rows in splits.values()]
+    assert sum(map(len, premises)) == len(set().union(*premises))
+    assert {row["label"] for row in splits["train"]} == {"Yes", "No"}
+
+
+def test_another_version_of_the_generator_is_refused(monkeypatch):
+    other = dataclasses.replace(embedded.DATASETS["sums"], requirement="reasoning-gym==0.0.1")
+    monkeypatch.setitem(embedded.DATASETS, "sums", other)
+    with pytest.raises(ImportError, match="^embedded:sums needs reasoning-gym==0.0.1: pip install"):
+        embedded.path("sums")
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="builds and reads a Debian package")
+def test_images_of_a_debian_package(tmp_path):
+    folder = tmp_path / "package" / "usr/share/datasets/fashion-mnist"
+    folder.mkdir(parents=True)
+    pixels = np.arange(12 * 28 * 28, dtype=np.uint32).astype(np.uint8).reshape(12, 28, 28)
+    labels = np.arange(12, dtype=np.uint8) % 10
+    for split in ("train", "t10k"):
+        (folder / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + pixels.tobytes()))
+        (folder / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels.tobytes()))
+    (tmp_path / "package" / "DEBIAN").mkdir()
+    control = "Package: images\nVersion: 1\nArchitecture: all\nMaintainer: nobody <no@body>\nDescription: images\n"
+    (tmp_path / "package" / "DEBIAN" / "control").write_text(control)
+    command = ["dpkg-deb", "--root-owner-group", "--build", tmp_path / "package", tmp_path / "images.deb"]
+    subprocess.run(command, check=True, capture_output=True)
+    target = tmp_path / "images"
+    target.mkdir()
+    embedded.unpack_fashion_mnist(tmp_path / "images.deb", target)
+    splits = load_dataset(str(target))
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 10, "validation": 2, "test": 12}
+    found = np.stack([np.array(row["image"]) for split in ("train", "validation") for row in splits[split]])
+    assert (found == pixels).all() and splits["test"]["label"] == labels.tolist()
+    assert splits["test"].features["label"].int2str(9) == "Ankle boot"
 
 
 def test_a_backbone_in_onnx_becomes_the_same_model(tmp_path):
