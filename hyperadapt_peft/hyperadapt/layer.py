@@ -15,7 +15,7 @@ from ..base import TargetLayer
 from ..base.mixed_batch import BatchNames
 from .algebra import Offsets
 from .config import HyperAdaptConfig
-from .functional import scale, scale_input, scale_output
+from .functional import can_fuse, scale, scale_input, scale_output, scaled_linear
 
 
 # Their outputs are new tensors that nobody else holds, so they may be scaled in place.
@@ -190,6 +190,9 @@ class Linear(HyperAdaptLayer):
     def scaled_forward(
         self, column: Optional[torch.Tensor], row: Optional[torch.Tensor], x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
+        keep = not any(self.hyperadapt_save_memory.get(name) for name in self.active_adapters)
+        if not args and not kwargs and can_fuse(self.base_layer, x, column, row):
+            return scaled_linear(x, column, row, self.base_layer.weight, self.base_layer.bias, keep)  # type: ignore
         inputs = x if column is None else scale_input(x, column, self.channel_dims)
         result = self.base_layer(inputs, *args, **kwargs)
         if row is None:
@@ -205,7 +208,7 @@ class Linear(HyperAdaptLayer):
             inputs=(x, column),
             channel_dims=self.channel_dims,
             in_place=type(self.base_layer) in FRESH and not self.base_layer._forward_hooks,
-            keep=not any(self.hyperadapt_save_memory.get(name) for name in self.active_adapters),
+            keep=keep,
         )
 
     def base_bias(self, result: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> Optional[torch.Tensor]:

@@ -6,7 +6,7 @@ from peft import get_peft_model
 from torch import nn
 
 from hyperadapt_peft import HyperAdaptConfig
-from hyperadapt_peft.hyperadapt.functional import scale_input, scale_output
+from hyperadapt_peft.hyperadapt.functional import can_fuse, scale_input, scale_output, scaled_linear
 
 from ..integration.tiny import build
 
@@ -84,6 +84,81 @@ def test_the_base_layer_is_computed_again_only_if_what_was_kept_cannot_serve(in_
         assert calls == 2, options
         if "zero" not in options:
             torch.testing.assert_close(again, kept)
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["", "changed-in-place-afterwards"])
+@pytest.mark.parametrize("zero", [False, True], ids=["", "zero-scale"])
+@pytest.mark.parametrize("keep", [True, False], ids=["keep", "compute-again"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4), (0, 4)], ids=str)
+def test_one_node_for_a_linear_layer_and_its_scales(shape, bias, keep, zero, changed):
+    row, column = offsets(zero)
+    layer = nn.Linear(4, 6, bias=bias).double().requires_grad_(False)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert can_fuse(layer, x, column, row)
+    got = scaled_linear(x, column, row, layer.weight, layer.bias, keep)
+    weight = (1 + row)[:, None] * layer.weight * (1 + column)
+    expected = nn.functional.linear(x, weight, layer.bias)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    if changed:
+        got, expected = got.mul_(3).relu_(), (3 * expected).relu()
+    target = torch.randn_like(expected)
+    grads = torch.autograd.grad((got * target).sum(), (x, row, column))
+    for grad, dense in zip(grads, torch.autograd.grad((expected * target).sum(), (x, row, column)), strict=True):
+        torch.testing.assert_close(grad, dense, rtol=1e-10, atol=1e-10)
+
+
+def test_one_node_in_bf16_keeps_the_scales_in_fp32():
+    row, column = offsets(dtype=torch.float32)
+    layer = nn.Linear(4, 6, dtype=torch.bfloat16).requires_grad_(False)
+    x = torch.randn(3, 4, dtype=torch.bfloat16)
+    result = scaled_linear(x, column, row, layer.weight, layer.bias)
+    assert result.dtype == torch.bfloat16
+    result.float().square().sum().backward()
+    got = row.grad, column.grad
+    row.grad = column.grad = None
+    adapted(layer, x, row, column, bias=layer.bias).float().square().sum().backward()
+    for grad, expected in zip(got, (row.grad, column.grad), strict=True):
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(grad, expected, rtol=2e-2, atol=2e-2 * expected.abs().max())
+
+
+def frozen(layer, hook=None):
+    layer.requires_grad_(False)
+    if hook is not None:
+        getattr(layer, hook)(lambda *args: None)
+    return layer
+
+
+def overridden():
+    layer = nn.Linear(4, 6)
+    layer.forward = layer.forward
+    return frozen(layer)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.Linear(4, 6),
+        overridden,
+        lambda: frozen(nn.Linear(4, 6), "register_forward_hook"),
+        lambda: frozen(nn.Linear(4, 6), "register_forward_pre_hook"),
+        lambda: frozen(nn.Linear(4, 6), "register_full_backward_hook"),
+        lambda: frozen(nn.modules.linear.NonDynamicallyQuantizableLinear(4, 6)),
+    ],
+    ids=["trained", "overridden", "hook", "pre-hook", "backward-hook", "another-class"],
+)
+def test_a_layer_that_must_be_called_is_called(layer):
+    row, column = offsets(dtype=torch.float32)
+    x = torch.randn(3, 4)
+    assert not can_fuse(layer(), x, column, row)
+    plain = frozen(nn.Linear(4, 6))
+    assert can_fuse(plain, x, column, row)
+    assert not can_fuse(plain, x, None, row) and not can_fuse(plain, x, column, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not can_fuse(plain, x, column, row)
+    with torch.no_grad():
+        assert not can_fuse(plain, x, column, row)
 
 
 def test_a_trained_bias_gets_its_gradient():
