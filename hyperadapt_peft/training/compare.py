@@ -2,13 +2,15 @@
 
 import copy
 import json
-import multiprocessing
+import multiprocessing.connection
+import os
 import re
 import statistics
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from tqdm import tqdm
@@ -163,7 +165,15 @@ def _run(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(values: dict[str, Any]) -> None:
+    if (parent := multiprocessing.parent_process()) is not None:
+        Thread(target=_end_with, args=[parent.sentinel], daemon=True).start()
     train(recipes.check(values), resume=True, evaluate_once=True)
+
+
+def _end_with(sentinel: int) -> None:
+    """End this process with the comparison, or it would write beside the next one that runs the same cell."""
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def _score(result: Mapping[str, Any], split: str) -> float:

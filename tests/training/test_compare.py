@@ -1,6 +1,8 @@
 """Comparisons: chosen on validation, shown on test, never run twice."""
 
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -64,6 +66,20 @@ def test_a_table_a_plot_and_nothing_run_twice(comparison, tmp_path, capsys):
     assert [file for file in runs if again[file] != runs[file]] == [lost]
     after = json.loads((tmp_path / "runs/comparison.json").read_text())
     assert [row["test"] for row in after] == [row["test"] for row in rows]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills by signal")
+def test_a_killed_comparison_leaves_no_run_behind(comparison, recipe, tmp_path):
+    path = comparison(seeds=[0])
+    recipe(training={"max_steps": 1_000_000, "logging_steps": 1})
+    with subprocess.Popen(
+        [sys.executable, "-m", "hyperadapt_peft", "compare", path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        assert process.stdout is not None
+        assert any(b"'loss'" in line for line in process.stdout)  # it trains
+        process.kill()
+        process.stdout.read()  # ends when every process that holds the pipe has
+    assert not [*tmp_path.glob("runs/*/*/*/metrics.json")]
 
 
 @pytest.mark.parametrize(
