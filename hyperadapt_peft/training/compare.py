@@ -227,6 +227,7 @@ def _write(comparison: Comparison, rows: list[dict[str, Any]]) -> None:
         xlabel="trained parameters outside the head",
         ylabel=f"test {rows[0]['metric'].replace('_', ' ')}, %",
     )
+    axes.margins(x=0.2)  # room for the names
     axes.grid(alpha=0.3)
     figure.savefig(directory / "comparison.png", dpi=150)
     pyplot.close(figure)
