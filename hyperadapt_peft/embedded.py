@@ -309,16 +309,18 @@ def _download(asset: Asset, directory: Path) -> Path:
     archives = directory / "archive"
     archives.mkdir()
     if asset.kind == "debian":
-        command = ["apt-get", "--quiet", "download", asset.requirement]
+        client, command = "apt-get", ["apt-get", "--quiet", "download", asset.requirement]
     else:
         requirements = directory / "requirements.txt"
         requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n")
         package = asset.requirement.partition("==")[0]
         only = ["--no-binary" if asset.kind == "source" else "--only-binary", package]
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", *only, "--requirement", str(requirements)]
-    client = "apt-get" if asset.kind == "debian" else "pip"
+        client, command = "pip", [sys.executable, "-m", "pip", "download", "--no-deps", *only]
+        command += ["--dest", str(archives), "--requirement", str(requirements)]
     try:
-        done = subprocess.run(command, cwd=archives, capture_output=True, text=True, check=False)
+        # apt-get writes where it runs; pip's settings may hold paths relative to where the user is
+        where = archives if asset.kind == "debian" else None
+        done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise OSError(f"{asset.requirement} is a Debian package, and there is no apt-get to download it") from error
     if done.returncode != 0:
@@ -326,6 +328,6 @@ def _download(asset: Asset, directory: Path) -> Path:
         reason = next((line for line in errors if line.startswith(("ERROR", "E:"))), errors[-1])
         raise OSError(f"{client} could not download {asset.requirement}: {reason}")
     (archive,) = archives.iterdir()
-    if hashlib.sha256(archive.read_bytes()).hexdigest() != asset.sha256:
+    if asset.kind == "debian" and hashlib.sha256(archive.read_bytes()).hexdigest() != asset.sha256:  # pip has checked
         raise OSError(f"{archive.name} has another sha256 than expected")
     return archive

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 
 # Dividing the scaled output by a smaller scale would lose too many digits beside a bias; it is then computed again.
@@ -78,12 +79,14 @@ def can_fuse(layer: nn.Module, x: Tensor, column: Optional[Tensor], row: Optiona
     if type(layer) is not nn.Linear or column is None or row is None or _is_composite(row, x):
         return False
     parameters = [parameter for parameter in (layer.weight, layer.bias) if parameter is not None]
+    autocast = _autocast_state(x.device.type)
     return (
         all(type(parameter) is nn.Parameter and not parameter.requires_grad for parameter in parameters)
-        and not torch.is_autocast_enabled(x.device.type)
+        and not (autocast and autocast["enabled"])
         and "forward" not in vars(layer)  # as offloading does
         and not (layer._forward_hooks or layer._forward_pre_hooks)
         and not (layer._backward_hooks or layer._backward_pre_hooks)
+        and not _has_any_global_hook()
     )
 
 
@@ -174,6 +177,13 @@ class _Watch:
         return self.probe._version != self.version
 
 
+def _serves(kept: Optional[Tensor], watch: Optional[_Watch], offset: Tensor) -> bool:
+    """Whether the scaled output that was kept, if any, still gives the gradient of its scale."""
+    if kept is None or watch is None or watch.changed():
+        return False
+    return bool(offset.min() >= SMALLEST_DIVISOR - 1)
+
+
 class _ScaleInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, offset: Tensor, channel_dims: int) -> Tensor:
@@ -228,7 +238,7 @@ class _ScaleOutput(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_result = scale(grad, _along_channels(offset, grad, ctx.channel_dims))
         if ctx.needs_input_grad[1]:
-            intact = kept is not None and not ctx.watch.changed() and bool(offset.min() >= SMALLEST_DIVISOR - 1)
+            intact = _serves(kept, ctx.watch, offset)
             if intact:
                 result = kept
             else:
@@ -255,7 +265,9 @@ class _ScaledLinear(torch.autograd.Function):
         result = _scale_output(F.linear(scale(x, column), weight, bias), row, bias, 0, in_place=True)
         result = result.data  # no view of anything: autograd would refuse a model that changes it in place
         ctx.watch = watch
-        ctx.save_for_backward(x, column, row, weight, bias, result.data if watch is not None else None)
+        trains_column, trains_row = ctx.needs_input_grad[1:3]
+        kept = result.data if trains_row and watch is not None else None
+        ctx.save_for_backward(x if trains_column or trains_row else None, column, row, weight, bias, kept)
         return result
 
     @staticmethod
@@ -264,7 +276,7 @@ class _ScaledLinear(torch.autograd.Function):
         x, column, row, weight, bias, kept = ctx.saved_tensors
         grad_x = grad_column = grad_row = None
         if ctx.needs_input_grad[2]:
-            intact = kept is not None and not ctx.watch.changed() and bool(row.min() >= SMALLEST_DIVISOR - 1)
+            intact = _serves(kept, ctx.watch, row)
             result = kept if intact else F.linear(scale(x, column), weight, bias)
             grad_row = _grad_of_row(grad, result, row, bias, 0, divide=intact)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:

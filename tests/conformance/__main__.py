@@ -92,16 +92,31 @@ def _where(node: str, test: dict[str, Any]) -> tuple[str, str, str]:
     return _file(node), re.split(r"\[|::", node.partition("[")[0])[-1], reason
 
 
+def summary(results: dict[str, Tests]) -> dict[str, Any]:
+    """Method -> how many tests of each file had which outcome, how many were skipped for which reason, what failed."""
+    table = {}
+    for method, tests in results.items():
+        files: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+        for node, test in tests.items():
+            files[_file(node)][test["outcome"]] += 1
+        skips = collections.Counter(_where(*item)[2] for item in tests.items() if item[1]["outcome"] == "skipped")
+        failed = {node: test["reason"] for node, test in tests.items() if test["outcome"] == "failed"}
+        total = collections.Counter(test["outcome"] for test in tests.values())
+        table[method] = {"all": total, "files": files, "skipped": dict(skips.most_common()), "failed": failed}
+    return table
+
+
 def print_tables(results: dict[str, Tests]) -> None:
     """Print passed, failed and skipped for each file and method, then the reasons of the skips."""
-    files = list(dict.fromkeys(_file(node) for tests in results.values() for node in tests))
+    table = summary(results)
+    files = list(dict.fromkeys(file for counts in table.values() for file in counts["files"]))
     head = "  ".join(f"{method:>{4 * 6}}" for method in results)
     print(f"\n{'':34}{head}\n{'':34}" + "  ".join("".join(f"{o[:5]:>6}" for o in OUTCOMES) for _ in results))
     for file in [*files, "all"]:
         cells = []
-        for tests in results.values():
-            mine = [test["outcome"] for node, test in tests.items() if file in ("all", _file(node))]
-            cells.append("".join(f"{mine.count(outcome):>6}" for outcome in OUTCOMES))
+        for counts in table.values():
+            mine = counts["all"] if file == "all" else counts["files"][file]
+            cells.append("".join(f"{mine[outcome]:>6}" for outcome in OUTCOMES))
         print(f"{file:34}" + "  ".join(cells))
 
     lora = {_where(*item)[1:] for item in results.get("lora", {}).items() if item[1]["outcome"] == "skipped"}
@@ -117,23 +132,8 @@ def print_tables(results: dict[str, Tests]) -> None:
             print(
                 f"- {reason}{too}", *(counts if len(counts) <= 8 else [f"{total:>6} in {len(counts)} tests"]), sep="\n"
             )
-        failed = {node: test["reason"] for node, test in tests.items() if test["outcome"] == "failed"}
-        if failed:
+        if failed := table[method]["failed"]:
             print(f"\nFailed, {method}:" + "".join(f"\n- {node}\n    {reason}" for node, reason in failed.items()))
-
-
-def summary(results: dict[str, Tests]) -> dict[str, Any]:
-    """Method -> how many tests of each file had which outcome, how many were skipped for which reason, what failed."""
-    table = {}
-    for method, tests in results.items():
-        files: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-        for node, test in tests.items():
-            files[_file(node)][test["outcome"]] += 1
-        skips = collections.Counter(_where(*item)[2] for item in tests.items() if item[1]["outcome"] == "skipped")
-        failed = {node: test["reason"] for node, test in tests.items() if test["outcome"] == "failed"}
-        total = collections.Counter(test["outcome"] for test in tests.values())
-        table[method] = {"all": total, "files": files, "skipped": dict(skips.most_common()), "failed": failed}
-    return table
 
 
 def main() -> int:

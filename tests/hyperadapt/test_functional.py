@@ -159,6 +159,28 @@ def test_a_layer_that_must_be_called_is_called(layer):
         assert not can_fuse(plain, x, column, row)
     with torch.no_grad():
         assert not can_fuse(plain, x, column, row)
+    everywhere = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        assert not can_fuse(plain, x, column, row)
+    finally:
+        everywhere.remove()
+
+
+def test_a_model_without_weights_on_the_meta_device_has_shapes():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 6)).to("meta"), HyperAdaptConfig(target_modules=["0"]))
+    assert model(torch.empty(2, 4, device="meta")).shape == (2, 6)
+
+
+def test_one_node_with_frozen_scales_keeps_no_activations():
+    row, column = (offset.requires_grad_(False) for offset in offsets())
+    layer = nn.Linear(4, 6).double().requires_grad_(False)
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):
+        result = scaled_linear(x, column, row, layer.weight, layer.bias)
+    assert x.shape not in kept and result.shape not in kept
+    (grad,) = torch.autograd.grad(result.sum(), x)
+    torch.testing.assert_close(grad, (((1 + row) @ layer.weight) * (1 + column)).expand(3, 4))
 
 
 def test_a_trained_bias_gets_its_gradient():

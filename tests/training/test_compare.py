@@ -78,7 +78,7 @@ def test_a_killed_comparison_leaves_no_run_behind(comparison, recipe, tmp_path):
         assert process.stdout is not None
         assert any(b"'loss'" in line for line in process.stdout)  # it trains
         process.kill()
-        process.stdout.read()  # ends when every process that holds the pipe has
+        process.communicate(timeout=60)  # ends when every process that holds the pipe has
     assert not [*tmp_path.glob("runs/*/*/*/metrics.json")]
 
 
