@@ -2,9 +2,9 @@
 
     python -m benchmarks.forgetting
 
-Takes the untrained model, and every model that `hyperadapt compare configs/compare/arithmetic.yaml` has trained at its
-method's chosen learning rate, and scores how well they predict the tokens of movie-review sentences. Writes
-benchmarks/results/forgetting.json: the sums' scores beside the sentences', one per seed.
+Takes the untrained model and every model that `hyperadapt compare configs/compare/arithmetic.yaml` has trained, and scores
+how well they predict the tokens of movie-review sentences. Writes benchmarks/results/forgetting.json: for each method and
+learning rate the sums' validation scores beside the sentences', one per seed.
 """
 
 import json
@@ -36,23 +36,29 @@ def main() -> None:
     learned = load(ROOT / "configs/compare/arithmetic.yaml")
     name = next(iter(learned.methods))
     _, values = learned.cell(name, learned.methods[name]["learning_rates"][0], learned.seeds[0])
+    metric = recipes.check(values).data.metric
     recipe = recipes.check(values | {"data": SENTENCES})
     source = local_path(recipe.model.name)
 
-    def score(directory: Path | None) -> float:
+    def sentences(directory: Path | None) -> float:
         full = directory is not None and not (directory / "adapter_config.json").exists()
         model = AutoModelForCausalLM.from_pretrained(directory if full else source)
         if directory is not None and not full:
             model = PeftModel.from_pretrained(model, directory)
         return evaluate(recipe, model)["test"][recipe.data.metric]
 
-    results = {"untrained": {"sentences": [score(None)]}}
-    for row in tqdm(json.loads((ROOT / learned.output_dir / "comparison.json").read_text()), unit="method"):
-        cells = [learned.cell(row["method"], row["learning_rate"], seed)[0] for seed in learned.seeds]
-        adapters = [ROOT / cell / "adapter" for cell in cells]
-        scores = [score(adapter) for adapter in adapters if adapter.is_dir()]
-        results[row["method"]] = {"sums": row["test"], "sentences": scores}
-        (ROOT / "benchmarks/results/forgetting.json").write_text(json.dumps(results, indent=2) + "\n")
+    results = {"untrained": {"sentences": [sentences(None)]}}
+    for name, method in tqdm(learned.methods.items(), unit="method"):
+        results[name] = {}
+        for rate in method["learning_rates"]:
+            cells = [ROOT / learned.cell(name, rate, seed)[0] for seed in learned.seeds]
+            cells = [cell for cell in cells if (cell / "adapter").is_dir()]  # the chosen rate has all seeds
+            sums = [json.loads((cell / "metrics.json").read_text())["after"]["validation"] for cell in cells]
+            results[name][f"{rate:g}"] = {
+                "sums": [score[metric] for score in sums],
+                "sentences": [sentences(cell / "adapter") for cell in cells],
+            }
+            (ROOT / "benchmarks/results/forgetting.json").write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
 
 

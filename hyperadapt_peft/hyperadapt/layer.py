@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Optional
+from weakref import WeakSet
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -21,6 +22,8 @@ from .functional import can_fuse, scale, scale_input, scale_output, scaled_linea
 # Their outputs are new tensors that nobody else holds, so they may be scaled in place.
 FRESH = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
+SCALES: WeakSet[Scale] = WeakSet()  # all there are, for `learning_rate`
+
 
 class Scale(nn.Module):
     """One scale per row or per column, stored as its offset from 1 (0 is the identity).
@@ -35,6 +38,7 @@ class Scale(nn.Module):
     def __init__(self, *shape: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(shape))
+        SCALES.add(self)
 
     def forward(self) -> torch.Tensor:
         return self.weight.clone()  # sharded engines free the weight after this call

@@ -8,7 +8,6 @@ import shutil
 import sys
 import tempfile
 import time
-import warnings
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -28,8 +27,6 @@ from .tasks import Prepared
 
 
 HEADS = ("classifier", "score")  # what PEFT too takes for a classification head
-# Below it the scales stand still for most of a run: see the sweep in benchmarks/results/text_classification.
-SLOW_LEARNING_RATE = 1e-3
 
 
 def train(
@@ -48,11 +45,6 @@ def train(
         RuntimeError: the adapter reloaded from disk does not give the metrics it had when it was saved.
     """
     started = time.monotonic()
-    if recipe.peft_type == "HYPERADAPT" and recipe.arguments.learning_rate < SLOW_LEARNING_RATE:
-        warnings.warn(
-            f"training.learning_rate: scales hardly move at {recipe.arguments.learning_rate:g}, which suits weights; "
-            "HyperAdapt wants about 5e-3"
-        )
     output = Path(str(recipe.arguments.output_dir))
     earlier = [*output.glob("checkpoint-*"), *output.glob("adapter"), *output.glob("metrics.json")]
     checkpoint = recipe.arguments.resume_from_checkpoint or (_last_checkpoint(output) if resume else None)

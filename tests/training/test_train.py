@@ -58,19 +58,6 @@ def test_sequence_classification(recipe, tuner, capsys, bert):
     PeftModel.from_pretrained(base, directory / "adapter")
 
 
-@pytest.mark.parametrize(
-    ("peft_type", "rate", "warned"), [("HYPERADAPT", 2e-4, 1), ("HYPERADAPT", 5e-3, 0), ("LORA", 2e-4, 0)]
-)
-def test_a_learning_rate_at_which_scales_stand_still_is_told(recipe, peft_type, rate, warned, recwarn):
-    run(recipe(tuner={"peft_type": peft_type}, training={"max_steps": 1, "learning_rate": rate}))
-    told = [str(warning.message) for warning in recwarn if "scales hardly move" in str(warning.message)]
-    assert (
-        told
-        == ["training.learning_rate: scales hardly move at 0.0002, which suits weights; HyperAdapt wants about 5e-3"]
-        * warned
-    )
-
-
 def test_hyperadapt_counts_its_scales(recipe):
     metrics, _ = run(recipe(training={"max_steps": 1}))
     per_layer = 4 * (16 + 16) + 2 * (16 + 32)
