@@ -54,9 +54,8 @@ def test_in_a_users_own_trainer(rate, count, tmp_path, recwarn):
         save_strategy="no",
     )
     Trainer(model, arguments, train_dataset=data).train()
-    assert told(recwarn) == [
-        "HyperAdapt's scales hardly move at a learning rate of 0.0002, which suits weights; start from 5e-3."
-    ] * count
+    text = "HyperAdapt's scales hardly move at a learning rate of 0.0002, which suits weights; start from 5e-3."
+    assert told(recwarn) == [text] * count
 
 
 def test_in_a_users_own_loop_once_per_optimizer(recwarn):

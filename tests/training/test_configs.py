@@ -122,6 +122,11 @@ def test_the_shipped_comparisons_are_valid(path):
     assert {"HyperAdapt", "LoRA r=8, all linears", "IA3", "full fine-tuning"} <= set(comparison.methods)
 
 
+@pytest.mark.parametrize("name", ["calibration", "text_classification_3_epochs"])
+def test_the_other_comparisons_are_valid(name):
+    assert compare.load(CONFIGS.parent / f"benchmarks/{name}.yaml").output_dir.name == name
+
+
 def test_a_comparison_is_chosen_on_the_metric_of_its_recipe(recipe, tmp_path):
     path = recipe(
         data=yaml.safe_load(Path(recipe()).read_text())["data"] | {"metric": "f1"}, training={"max_steps": 2}
