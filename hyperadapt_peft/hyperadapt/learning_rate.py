@@ -20,8 +20,8 @@ SLOW_LEARNING_RATE = 1e-3
 def warn_of_slow_rates() -> None:
     """Look at each optimizer of the Adam family at its first step, and warn if it trains scales at too low a rate.
 
-    Neither PEFT nor the Trainer asks a tuner about the optimizer, but torch tells everybody of its steps. Optimizers
-    whose parameters are shards (FSDP, ZeRO) are not recognised.
+    Neither PEFT nor the Trainer asks a tuner about the optimizer, but torch tells everybody of its steps. An
+    optimizer that holds flattened parameters in the scales' place (ZeRO, some of FSDP1) is not recognised.
     """
     seen: WeakSet[Optimizer] = WeakSet()
 
