@@ -225,5 +225,5 @@ def _check_loaded(
         for key, parameter in module._parameters.items()
         if old.get(key) is not parameter
     }
-    given = {*required, *replaced, *info.unexpected_keys} - info.missing_keys
+    given = {*required, *replaced, *info.unexpected_keys}.difference(info.missing_keys)
     check_tensors(required, {name: state.get(name, torch.empty(0)) for name in given}, optional)

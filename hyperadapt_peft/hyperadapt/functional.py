@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 
 # Dividing the scaled output by a smaller scale would lose too many digits beside a bias; it is then computed again.
@@ -86,7 +86,8 @@ def can_fuse(layer: nn.Module, x: Tensor, column: Optional[Tensor], row: Optiona
         and "forward" not in vars(layer)  # as offloading does
         and not (layer._forward_hooks or layer._forward_pre_hooks)
         and not (layer._backward_hooks or layer._backward_pre_hooks)
-        and not _has_any_global_hook()
+        and not (torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+        and not (torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks)
     )
 
 

@@ -35,6 +35,8 @@ OTHERS = ("accelerate", "datasets", "pillow", "pytest", "pyyaml", "scikit-learn"
 # Registration, saving and loading, merging, mixed batches, training and resuming, of both methods.
 TESTS = (
     "tests/golden",
+    "tests/hyperadapt/test_functional.py",
+    "tests/hyperadapt/test_learning_rate.py",
     "tests/hyperadapt/test_merge.py",
     "tests/hyperadapt/test_mixed_batch.py",
     "tests/integration/test_loading.py",
@@ -73,7 +75,7 @@ def run(row: tuple[str, ...], directory: Path) -> dict[str, Any]:
         return {**entry, "outcome": f"not run: {error}"}
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     variables["PATH"] = f"{python.parent}{os.pathsep}{variables['PATH']}"
-    command = [python, "-m", "pytest", "-q", "--tb=short", "-W", "ignore", "-p", "no:cacheprovider", *TESTS]
+    command = [python, "-m", "pytest", "-q", "--tb=short", "--show-capture=no", "-W", "ignore", "-p", "no:cacheprovider", *TESTS]
     result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     last = (result.stdout.strip().splitlines() or [""])[-1]
     counts = {kind: int(count) for count, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
