@@ -75,19 +75,8 @@ def run(row: tuple[str, ...], directory: Path) -> dict[str, Any]:
         return {**entry, "outcome": f"not run: {error}"}
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     variables["PATH"] = f"{python.parent}{os.pathsep}{variables['PATH']}"
-    command = [
-        python,
-        "-m",
-        "pytest",
-        "-q",
-        "--tb=short",
-        "--show-capture=no",
-        "-W",
-        "ignore",
-        "-p",
-        "no:cacheprovider",
-        *TESTS,
-    ]
+    options = ["-q", "--tb=short", "--show-capture=no", "-W", "ignore", "-p", "no:cacheprovider"]
+    command = [python, "-m", "pytest", *options, *TESTS]
     result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     last = (result.stdout.strip().splitlines() or [""])[-1]
     counts = {kind: int(count) for count, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
