@@ -93,8 +93,15 @@ def compare(comparison: Comparison) -> list[dict[str, Any]]:
 
     Returns:
         One row per method, in the order of the comparison.
+
+    Raises:
+        RecipeError: a finished run in `output_dir` was of another recipe than the comparison has now; nothing has run.
     """
     first, *other_seeds = comparison.seeds
+    for name, method in comparison.methods.items():
+        for rate in method["learning_rates"]:
+            for seed in comparison.seeds:
+                _check_finished(*comparison.cell(name, rate, seed))
     sweeps: dict[str, dict[float, dict[str, Any]]] = {name: {} for name in comparison.methods}
     repeats: dict[str, list[dict[str, Any]]] = {name: [] for name in comparison.methods}
     cells = sum(len(m["learning_rates"]) + len(other_seeds) for m in comparison.methods.values())
@@ -153,6 +160,28 @@ def _keys(prefix: str, values: Any, known: tuple[str, ...], optional: tuple[str,
     for key in known:
         if key not in values and key not in optional:
             raise RecipeError(f"{prefix}{key}: missing")
+
+
+def _check_finished(directory: Path, values: dict[str, Any]) -> None:
+    """Refuse a finished run of another recipe: its result would be shown for this one's."""
+    metrics = directory / "metrics.json"
+    if not metrics.exists():
+        return
+    old, new = (_flat(recipe) for recipe in (json.loads(metrics.read_text())["recipe"], recipes.check(values).resolved))
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if changed:
+        raise RecipeError(
+            f"{', '.join(changed)}: changed since {directory} ran; remove that run, or take another output_dir"
+        )
+
+
+def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Section and key -> value, but for where the run was written, which may have moved."""
+    flat = {"task": recipe["task"]}
+    for section in ("model", "data", "tuner", "training"):
+        flat |= {f"{section}.{key}": value for key, value in recipe[section].items()}
+    flat.pop("training.output_dir")
+    return flat
 
 
 def _run(directory: Path, values: dict[str, Any]) -> dict[str, Any]:

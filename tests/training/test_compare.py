@@ -68,6 +68,26 @@ def test_a_table_a_plot_and_nothing_run_twice(comparison, tmp_path, capsys):
     assert [row["test"] for row in after] == [row["test"] for row in rows]
 
 
+def test_a_finished_run_of_another_recipe_is_not_shown_for_this_one(comparison, recipe, tmp_path, capsys):
+    path = comparison(seeds=[0])
+    assert main(["compare", path]) == 0
+    before = {file: file.read_bytes() for file in tmp_path.glob("runs/**/*") if file.is_file()}
+    recipe(training={"max_steps": 4, "adam_beta2": 0.9})  # lora has max_steps of its own
+    capsys.readouterr()
+    assert main(["compare", path]) != 0
+    error = capsys.readouterr().err
+    assert f"training.adam_beta2: changed since {tmp_path / 'runs/lora/lr0.01/seed0'} ran" in error
+    assert {file: file.read_bytes() for file in tmp_path.glob("runs/**/*") if file.is_file()} == before
+
+    recipe(training={"max_steps": 3})  # as it was
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    assert main(["compare", comparison(seeds=[0], output_dir=str(tmp_path / "moved"))]) == 0
+    metrics = [*tmp_path.glob("moved/*/*/*/metrics.json")]
+    assert {before[tmp_path / "runs" / file.relative_to(tmp_path / "moved")] for file in metrics} == {
+        file.read_bytes() for file in metrics
+    }
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by signal")
 def test_a_killed_comparison_leaves_no_run_behind(comparison, recipe, tmp_path):
     path = comparison(seeds=[0])
