@@ -167,7 +167,9 @@ def _check_finished(directory: Path, values: dict[str, Any]) -> None:
     metrics = directory / "metrics.json"
     if not metrics.exists():
         return
-    old, new = (_flat(recipe) for recipe in (json.loads(metrics.read_text())["recipe"], recipes.check(values).resolved))
+    old, new = (
+        _flat(recipe) for recipe in (json.loads(metrics.read_text())["recipe"], recipes.check(values).resolved)
+    )
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if changed:
         raise RecipeError(
