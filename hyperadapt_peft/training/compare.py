@@ -21,7 +21,7 @@ from .train import train
 
 
 KEYS = ("recipe", "seeds", "methods", "output_dir")
-METHOD_KEYS = ("tuner", "learning_rates", "training")
+METHOD_KEYS = ("tuner", "learning_rates", "model", "training")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Comparison:
     Args:
         recipe: the recipe that all methods share, as plain data.
         seeds: the seeds; the learning rate is chosen with the first.
-        methods: name -> its `tuner` section, its `learning_rates`, and what differs in its `training` section.
+        methods: name -> its `tuner` section, its `learning_rates`, and what differs in its `model` and `training` sections.
         output_dir: where the runs and the results go.
     """
 
@@ -46,7 +46,8 @@ class Comparison:
         directory = self.output_dir / slug / f"lr{learning_rate:g}" / f"seed{seed}"
         values = copy.deepcopy(self.recipe)
         values["tuner"] = self.methods[method]["tuner"]
-        values["training"] |= self.methods[method].get("training", {})
+        for section in ("model", "training"):
+            values[section] |= self.methods[method].get(section, {})
         values["training"] |= {"learning_rate": learning_rate, "seed": seed, "output_dir": str(directory)}
         return directory, values
 
@@ -71,7 +72,7 @@ def load(path: str | Path) -> Comparison:
     if not isinstance(values["methods"], dict) or not values["methods"]:
         raise RecipeError("methods: expected names with a tuner and learning_rates")
     for name, method in values["methods"].items():
-        _keys(f"methods.{name}.", method, METHOD_KEYS, optional=("training",))
+        _keys(f"methods.{name}.", method, METHOD_KEYS, optional=("model", "training"))
         if not isinstance(method["learning_rates"], list) or not method["learning_rates"]:
             raise RecipeError(f"methods.{name}.learning_rates: expected a list of numbers")
         method["learning_rates"] = [float(rate) for rate in method["learning_rates"]]

@@ -16,7 +16,7 @@ def nearest(word: str, options: Iterable[str]) -> str:
     return f"; the nearest valid name is '{names[matches[0]]}'" if matches else ""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an exception of a library says, in one line."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 

@@ -32,11 +32,13 @@ class Model:
         name: a Hub id, a local directory, or `embedded:<asset>`.
         revision: the revision on the Hub.
         dtype: of the weights; `auto` is what the checkpoint holds.
+        config: what differs from the model's own config in training, such as `hidden_dropout_prob: 0.0`.
     """
 
     name: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_source("model.name", self.name, embedded.MODELS)

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, get_peft_model
-from transformers import AutoConfig, EvalPrediction, PreTrainedModel, Trainer, set_seed
+from transformers import AutoConfig, EvalPrediction, PretrainedConfig, PreTrainedModel, Trainer, set_seed
 
 from .. import embedded
 from .data import load_splits, local_path
-from .errors import RecipeError, attempt
+from .errors import RecipeError, attempt, first_line, nearest
 from .recipe import Recipe
 from .tasks import Prepared
 
@@ -52,11 +53,13 @@ def train(
         raise RecipeError(f"training.output_dir: {output} holds an earlier run; pass --resume or --overwrite")
     with recipe.arguments.main_process_first():  # which downloads and encodes; the others read its caches
         source = attempt("model.name", lambda: local_path(recipe.model.name))
+        attempt("model.name", lambda: _config(recipe, source))  # before the data, which may take long
         prepared = _prepare(recipe, source)
 
     def base_model(seed: int) -> PreTrainedModel:
         set_seed(seed)  # of a new head
-        options = {"revision": recipe.model.revision, "dtype": recipe.model.dtype, **prepared.model_options}
+        options = {"revision": recipe.model.revision, "dtype": recipe.model.dtype}
+        options |= {**recipe.model.config, **prepared.model_options}
         model = attempt("model.name", lambda: recipe.task.auto_model.from_pretrained(source, **options))
         pad = getattr(prepared.processor, "pad_token_id", None)
         if pad is not None:
@@ -111,7 +114,9 @@ def dry_run(recipe: Recipe) -> str:
         str(embedded.directory(name.removeprefix("embedded:"))) if name.startswith("embedded:") else local_path(name)
     )
     try:
-        config = AutoConfig.from_pretrained(source, revision=recipe.model.revision, local_files_only=True)
+        config = _config(recipe, source, local_files_only=True)
+    except RecipeError:
+        raise
     except (OSError, ValueError):
         return text + f"# parameters not counted: {name} is not on this machine\n"
     with torch.device("meta"):
@@ -138,6 +143,20 @@ def summary(results: dict[str, Any]) -> str:
     rows.append(("seconds", f"{seconds['train']:.0f} training, {seconds['total']:.0f} in all"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _config(recipe: Recipe, source: str, **options: Any) -> PretrainedConfig:
+    """The model's config with what the recipe changes in it; a key that it lacks would change nothing, silently."""
+    config = AutoConfig.from_pretrained(source, revision=recipe.model.revision, **options)
+    known = config.to_dict()
+    for key, value in recipe.model.config.items():
+        if key not in known:
+            raise RecipeError(f"model.config.{key}: unknown key{nearest(key, known)}")
+        try:
+            setattr(config, key, value)
+        except StrictDataclassError as error:
+            raise RecipeError(f"model.config.{key}: {first_line(error.__cause__ or error)}") from error
+    return config
 
 
 def _prepare(recipe: Recipe, source: str) -> Prepared:

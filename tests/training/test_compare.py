@@ -29,6 +29,7 @@ def comparison(recipe, tmp_path, monkeypatch):
                 "lora": {
                     "tuner": {"peft_type": "LORA", "r": 2},
                     "learning_rates": [1e-2],
+                    "model": {"config": {"hidden_dropout_prob": 0.0}},
                     "training": {"max_steps": 2},
                 },
             },
@@ -57,7 +58,8 @@ def test_a_table_a_plot_and_nothing_run_twice(comparison, tmp_path, capsys):
         assert row["test"] == [metrics["after"]["test"]["accuracy"] for metrics in seeds]
         assert row["sweep"][f"{row['learning_rate']:g}"] == max(row["sweep"].values())
         assert seeds[1]["recipe"]["training"]["seed"] == 1
-        assert seeds[0]["steps"] == {"ours": 3, "lora": 2}[row["method"]]  # lora has a training section of its own
+        assert seeds[0]["steps"] == {"ours": 3, "lora": 2}[row["method"]]  # lora has sections of its own
+        assert ("config" in seeds[0]["recipe"]["model"]) is (row["method"] == "lora")
 
     lost = min(runs)
     lost.unlink()  # as if the comparison had been stopped there

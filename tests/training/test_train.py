@@ -87,6 +87,23 @@ def test_without_an_adapter(recipe, peft_type):
     assert (directory / "adapter" / "model.safetensors").is_file()
 
 
+def test_a_change_of_the_model_s_config(recipe, bert, capsys):
+    def path(**changes) -> str:
+        return recipe(tuner={"peft_type": "FULL"}, model={"name": str(bert), "config": changes})
+
+    _, directory = run(path(hidden_dropout_prob=0.0))
+    trained = transformers.AutoModelForSequenceClassification.from_pretrained(directory / "adapter")
+    assert trained.bert.encoder.layer[0].output.dropout.p == 0
+    assert trained.config.attention_probs_dropout_prob == 0.1  # the rest is the model's
+
+    unknown, wrong = "unknown key; the nearest valid name is", "Field 'hidden_dropout_prob' with value 'no'"
+    for changes, message in [({"hidden_dropout": 0.0}, unknown), ({"hidden_dropout_prob": "no"}, wrong)]:
+        for option in ("--overwrite", "--dry-run"):
+            assert main(["train", path(**changes), option]) == 2
+            assert f"model.config.{next(iter(changes))}: {message}" in capsys.readouterr().err
+    assert (directory / "metrics.json").is_file()  # nothing is lost
+
+
 def test_causal_lm(recipe, llama, copies):
     section = {"name": "json", "data_files": copies, "max_length": 16}
     path = recipe(task="causal-lm", model={"name": str(llama)}, data=section, training={"max_steps": 20})
