@@ -53,7 +53,8 @@ def train(
         raise RecipeError(f"training.output_dir: {output} holds an earlier run; pass --resume or --overwrite")
     with recipe.arguments.main_process_first():  # which downloads and encodes; the others read its caches
         source = attempt("model.name", lambda: local_path(recipe.model.name))
-        attempt("model.name", lambda: _config(recipe, source))  # before the data, which may take long
+        if recipe.model.config:
+            attempt("model.name", lambda: _config(recipe, source))  # before the data, which may take long
         prepared = _prepare(recipe, source)
 
     def base_model(seed: int) -> PreTrainedModel:
