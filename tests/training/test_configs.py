@@ -1,6 +1,8 @@
 """The shipped data sections, each on a tiny local copy of its set's schema; comparisons; the dry run."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import datasets
@@ -17,6 +19,8 @@ from .test_train import run
 
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+BENCHMARKS = CONFIGS.parent / "benchmarks"
+OTHERS = ["calibration", "text_classification_3_epochs"]
 RECIPES = {"glue": "hyperadapt_glue", "commonsense": "commonsense", "arithmetic": "arithmetic", "images": "surm_image_classification"}  # fmt: skip
 PARTS = [
     (family, part) for family in RECIPES for part in yaml.safe_load((CONFIGS / f"data/{family}.yaml").read_text())
@@ -122,9 +126,28 @@ def test_the_shipped_comparisons_are_valid(path):
     assert {"HyperAdapt", "LoRA r=8, all linears", "IA3", "full fine-tuning"} <= set(comparison.methods)
 
 
-@pytest.mark.parametrize("name", ["calibration", "text_classification_3_epochs"])
+@pytest.mark.parametrize("name", OTHERS)
 def test_the_other_comparisons_are_valid(name):
-    assert compare.load(CONFIGS.parent / f"benchmarks/{name}.yaml").output_dir.name == name
+    assert compare.load(BENCHMARKS / f"{name}.yaml").output_dir.name == name
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*sorted((CONFIGS / "compare").glob("*.yaml")), *(BENCHMARKS / f"{name}.yaml" for name in OTHERS)],
+    ids=lambda path: path.stem,
+)
+def test_the_committed_tables_are_those_of_the_committed_runs(path, tmp_path, monkeypatch):
+    results = BENCHMARKS / "results" / path.stem
+    shutil.copytree(results, tmp_path / "benchmarks/results" / path.stem)
+    for file in tmp_path.glob("benchmarks/results/*/comparison.*"):
+        file.unlink()
+    comparison = compare.load(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "_train", None)  # nothing runs
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # and nothing is drawn
+    compare.compare(comparison)
+    for name in ("comparison.json", "comparison.md"):
+        assert (tmp_path / comparison.output_dir / name).read_text() == (results / name).read_text()
 
 
 def test_a_comparison_is_chosen_on_the_metric_of_its_recipe(recipe, tmp_path):
