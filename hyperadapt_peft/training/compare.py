@@ -67,6 +67,9 @@ def load(path: str | Path) -> Comparison:
         recipe = recipes.read_yaml(base)
         recipes.refer(recipe, base.parent)
         values["recipe"] = recipe
+    if not isinstance(values["recipe"], dict):
+        raise RecipeError(f"recipe: expected a file's name or sections, got {values['recipe']!r}")
+    recipes.check_sections({"tuner": {}} | values["recipe"])  # each method has its own tuner
     if not isinstance(values["seeds"], list) or not all(type(seed) is int for seed in values["seeds"] or [""]):
         raise RecipeError(f"seeds: expected a list of int, got {values['seeds']!r}")
     if not isinstance(values["methods"], dict) or not values["methods"]:
@@ -75,7 +78,13 @@ def load(path: str | Path) -> Comparison:
         _keys(f"methods.{name}.", method, METHOD_KEYS, optional=("model", "training"))
         if not isinstance(method["learning_rates"], list) or not method["learning_rates"]:
             raise RecipeError(f"methods.{name}.learning_rates: expected a list of numbers")
-        method["learning_rates"] = [float(rate) for rate in method["learning_rates"]]
+        try:
+            method["learning_rates"] = [float(rate) for rate in method["learning_rates"]]
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"methods.{name}.learning_rates: {error}") from error
+        for section in ("model", "training"):
+            if not isinstance(method.get(section, {}), Mapping):
+                raise RecipeError(f"methods.{name}.{section}: expected keys with values, got {method[section]!r}")
     comparison = Comparison(values["recipe"], values["seeds"], values["methods"], Path(values["output_dir"]))
     for name, method in comparison.methods.items():
         _, cell = comparison.cell(name, method["learning_rates"][0], comparison.seeds[0])
@@ -180,11 +189,10 @@ def _check_finished(directory: Path, values: dict[str, Any]) -> None:
 
 def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Section and key -> value, but for where the run was written, which may have moved."""
-    flat = {"task": recipe["task"]}
-    for section in ("model", "data", "tuner", "training"):
-        flat |= {f"{section}.{key}": value for key, value in recipe[section].items()}
-    flat.pop("training.output_dir")
-    return flat
+    task, *sections = recipes.SECTIONS
+    flat = {f"{section}.{key}": value for section in sections for key, value in recipe[section].items()}
+    del flat["training.output_dir"]
+    return flat | {task: recipe[task]}
 
 
 def _run(directory: Path, values: dict[str, Any]) -> dict[str, Any]:

@@ -92,8 +92,8 @@ def refer(values: dict[str, Any], directory: Path) -> None:
             values[section] = parts[key]
 
 
-def check(values: Mapping[str, Any]) -> Recipe:
-    """The recipe that `values` (section -> its content) describe. Raises RecipeError."""
+def check_sections(values: Mapping[str, Any]) -> None:
+    """Whether these are a recipe's sections, whatever their content. Raises RecipeError."""
     for section in values:
         if section not in SECTIONS:
             raise RecipeError(f"{section}: unknown section{nearest(str(section), SECTIONS)}")
@@ -102,6 +102,11 @@ def check(values: Mapping[str, Any]) -> Recipe:
             raise RecipeError(f"{section}: missing section")
         if section != "task" and not isinstance(values[section], dict):
             raise RecipeError(f"{section}: expected keys with values, got {values[section]!r}")
+
+
+def check(values: Mapping[str, Any]) -> Recipe:
+    """The recipe that `values` (section -> its content) describe. Raises RecipeError."""
+    check_sections(values)
     name = str(values["task"])
     if name not in TASKS:
         raise RecipeError(f"task: expected one of {', '.join(TASKS)}, got {name!r}{nearest(name, TASKS)}")

@@ -53,14 +53,15 @@ def train(
         raise RecipeError(f"training.output_dir: {output} holds an earlier run; pass --resume or --overwrite")
     with recipe.arguments.main_process_first():  # which downloads and encodes; the others read its caches
         source = attempt("model.name", lambda: local_path(recipe.model.name))
-        if recipe.model.config:
-            attempt("model.name", lambda: _config(recipe, source))  # before the data, which may take long
+        if changes := recipe.model.config:  # checked before the data, which may take long
+            load = partial(AutoConfig.from_pretrained, source, revision=recipe.model.revision)
+            _change(attempt("model.name", load), changes)
         prepared = _prepare(recipe, source)
 
     def base_model(seed: int) -> PreTrainedModel:
         set_seed(seed)  # of a new head
         options = {"revision": recipe.model.revision, "dtype": recipe.model.dtype}
-        options |= {**recipe.model.config, **prepared.model_options}
+        options |= recipe.model.config | prepared.model_options
         model = attempt("model.name", lambda: recipe.task.auto_model.from_pretrained(source, **options))
         pad = getattr(prepared.processor, "pad_token_id", None)
         if pad is not None:
@@ -115,11 +116,10 @@ def dry_run(recipe: Recipe) -> str:
         str(embedded.directory(name.removeprefix("embedded:"))) if name.startswith("embedded:") else local_path(name)
     )
     try:
-        config = _config(recipe, source, local_files_only=True)
-    except RecipeError:
-        raise
+        config = AutoConfig.from_pretrained(source, revision=recipe.model.revision, local_files_only=True)
     except (OSError, ValueError):
         return text + f"# parameters not counted: {name} is not on this machine\n"
+    _change(config, recipe.model.config)
     with torch.device("meta"):
         model = recipe.task.auto_model.from_config(config)
         # another number of classes changes the head only, which is not counted
@@ -146,18 +146,16 @@ def summary(results: dict[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def _config(recipe: Recipe, source: str, **options: Any) -> PretrainedConfig:
-    """The model's config with what the recipe changes in it; a key that it lacks would change nothing, silently."""
-    config = AutoConfig.from_pretrained(source, revision=recipe.model.revision, **options)
+def _change(config: PretrainedConfig, changes: dict[str, Any]) -> None:
+    """Change the model's config in place; a key that it lacks would change nothing, silently."""
     known = config.to_dict()
-    for key, value in recipe.model.config.items():
+    for key, value in changes.items():
         if key not in known:
             raise RecipeError(f"model.config.{key}: unknown key{nearest(key, known)}")
         try:
             setattr(config, key, value)
         except StrictDataclassError as error:
             raise RecipeError(f"model.config.{key}: {first_line(error.__cause__ or error)}") from error
-    return config
 
 
 def _prepare(recipe: Recipe, source: str) -> Prepared:

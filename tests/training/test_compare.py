@@ -113,6 +113,17 @@ def test_a_killed_comparison_leaves_no_run_behind(comparison, recipe, tmp_path):
         ({"methods": {}}, "methods: expected names"),
         ({"recipe": "none.yaml"}, "recipe: no such file 'none.yaml'"),
         ({"methods": {"a": {"tuner": {"peft_type": "LORA"}}}}, "methods.a.learning_rates: missing"),
+        (
+            {"methods": {"a": {"tuner": {"peft_type": "LORA"}, "learning_rates": ["fast"]}}},
+            "methods.a.learning_rates: could not convert",
+        ),
+        (
+            {"methods": {"a": {"tuner": {"peft_type": "LORA"}, "learning_rates": [1.0], "model": "b"}}},
+            "methods.a.model: expected keys with values",
+        ),
+        ({"recipe": [1]}, "recipe: expected a file's name or sections"),
+        ({"recipe": {"task": "causal-lm", "data": {}, "training": {}}}, "model: missing section"),
+        ({"recipe": {"task": "causal-lm", "data": {}, "model": {}}}, "training: missing section"),
         ({"methods": {"a": {"tuner": {"peft_type": "LORAX"}, "learning_rates": [1.0]}}}, "methods.a: tuner.peft_type"),
     ],
 )
