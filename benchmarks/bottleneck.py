@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hyperadapt_peft.base import TargetConfig, TargetLayer, TargetModel
-from hyperadapt_peft.registration import add_peft_type, register_peft_type
-from hyperadapt_peft.surm import SurmModel
+from hyperadapt_peft.integrations.peft import add_peft_type, register_peft_type
+from hyperadapt_peft.tuners.common import TargetConfig, TargetLayer, TargetModel
+from hyperadapt_peft.tuners.surm import SurmModel
 
 
 @dataclass

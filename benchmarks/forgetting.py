@@ -14,10 +14,10 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from hyperadapt_peft.training import recipe as recipes
-from hyperadapt_peft.training.compare import load
-from hyperadapt_peft.training.data import local_path
-from hyperadapt_peft.training.train import evaluate
+from hyperadapt_peft.cli import recipe as recipes
+from hyperadapt_peft.cli.compare import load
+from hyperadapt_peft.cli.data import local_path
+from hyperadapt_peft.cli.train import evaluate
 
 
 ROOT = Path(__file__).parents[1]

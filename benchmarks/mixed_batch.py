@@ -26,8 +26,8 @@ from tqdm import tqdm
 from transformers import BertConfig, BertModel
 
 from hyperadapt_peft import HyperAdaptConfig
-from hyperadapt_peft.hyperadapt import HyperAdaptLayer
-from hyperadapt_peft.many_adapters import load_adapters
+from hyperadapt_peft.adapters.loading import load_adapters
+from hyperadapt_peft.tuners.hyperadapt import HyperAdaptLayer
 
 
 CONFIGS = {

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hyperadapt_peft.surm.nearest import nearest
-from hyperadapt_peft.surm.structures import factor_shapes
+from hyperadapt_peft.tuners.surm.nearest import nearest
+from hyperadapt_peft.tuners.surm.structures import factor_shapes
 
 
 RESULTS = Path(__file__).parent / "results"

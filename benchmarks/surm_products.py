@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from hyperadapt_peft.surm.structures import (
+from hyperadapt_peft.tuners.surm.structures import (
     DENSE_UP_TO,
     circulant_dense,
     circulant_matmul,

@@ -8,7 +8,7 @@ Goes on where it was stopped. Results: the output_dir of the YAML file.
 import sys
 
 import benchmarks.bottleneck  # noqa: F401  # registers BOTTLENECK, in the processes of the runs as well
-from hyperadapt_peft.training.compare import compare, load, table
+from hyperadapt_peft.cli.compare import compare, load, table
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from tqdm import trange
 from transformers import AutoModelForSequenceClassification
 
 from hyperadapt_peft import SurmConfig
-from hyperadapt_peft.surm.structures import circulant_matmul
-from hyperadapt_peft.training.data import local_path
+from hyperadapt_peft.cli.data import local_path
+from hyperadapt_peft.tuners.surm.structures import circulant_matmul
 
 
 TARGETS = ["query", "key", "value"]

@@ -1,11 +1,15 @@
 """HyperAdapt and SURM for PEFT. Importing this package registers both methods with PEFT."""
 
-from .base.loading import guard_loading
-from .card import keep_usage
-from .hyperadapt import HyperAdaptConfig, HyperAdaptModel
-from .hyperadapt.learning_rate import warn_of_slow_rates
-from .saving import save_whole
-from .surm import SurmConfig, SurmModel
+from .adapters.conversion import lora_energy
+from .adapters.hotswap import hotswap_adapter
+from .adapters.inspection import inspect_adapter
+from .adapters.loading import load_adapters
+from .integrations.hub import keep_usage
+from .integrations.saving import save_whole
+from .tuners.common.loading import guard_loading
+from .tuners.hyperadapt import HyperAdaptConfig, HyperAdaptModel
+from .tuners.hyperadapt.learning_rate import warn_of_slow_rates
+from .tuners.surm import SurmConfig, SurmModel
 from .version import __version__
 
 
@@ -14,4 +18,14 @@ keep_usage()
 save_whole()
 warn_of_slow_rates()
 
-__all__ = ["HyperAdaptConfig", "HyperAdaptModel", "SurmConfig", "SurmModel", "__version__"]
+__all__ = [
+    "HyperAdaptConfig",
+    "HyperAdaptModel",
+    "SurmConfig",
+    "SurmModel",
+    "__version__",
+    "hotswap_adapter",
+    "inspect_adapter",
+    "load_adapters",
+    "lora_energy",
+]

@@ -11,8 +11,8 @@ import torch
 from nbclient import NotebookClient
 from transformers import BertConfig, BertModel
 
-from .hub.server import Hub
-from .training.conftest import SIZES, WORDS, save_tokenizer
+from .cli.conftest import SIZES, WORDS, save_tokenizer
+from .integrations.hub.server import Hub
 
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"

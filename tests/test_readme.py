@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
-from .integration.tiny import SIZES, build
+from .tiny import SIZES, build
 
 
 README = Path(__file__).parents[1] / "README.md"

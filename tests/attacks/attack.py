@@ -14,9 +14,9 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load, save_file
 
 from hyperadapt_peft import HyperAdaptConfig, SurmConfig
-from hyperadapt_peft.hotswap import hotswap_adapter
+from hyperadapt_peft.adapters.hotswap import hotswap_adapter
 
-from ..integration.tiny import build
+from ..tiny import build
 
 
 CONFIGS = {

@@ -5,7 +5,7 @@ import sys
 import pytest
 from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel
 
-from ..integration.tiny import build
+from ..tiny import build
 from .attack import ENTRIES, edit_config
 
 

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from hyperadapt_peft import HyperAdaptConfig, SurmConfig
 
-from ..integration.tiny import build
+from ..tiny import build
 from .attack import ENTRIES, Attacks, check_refused, edit_config, save_good, tensors, untouched
 
 

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 
-from ..integration.tiny import build
+from ..tiny import build
 from .attack import ENTRIES, Attacks, check_refused, read_tensors, untouched, weights
 
 

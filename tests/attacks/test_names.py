@@ -4,7 +4,7 @@ import pytest
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from ..integration.tiny import build
+from ..tiny import build
 from .attack import CONFIGS, bare, untouched, with_native, with_peft
 
 

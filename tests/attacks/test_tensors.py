@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-from ..integration.tiny import build
+from ..tiny import build
 from .attack import (
     CONFIGS,
     ENTRIES,

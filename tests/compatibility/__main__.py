@@ -35,16 +35,16 @@ OTHERS = ("accelerate", "datasets", "pillow", "pytest", "pyyaml", "scikit-learn"
 # Registration, saving and loading, merging, mixed batches, training and resuming, of both methods.
 TESTS = (
     "tests/golden",
-    "tests/hyperadapt/test_functional.py",
-    "tests/hyperadapt/test_learning_rate.py",
-    "tests/hyperadapt/test_merge.py",
-    "tests/hyperadapt/test_mixed_batch.py",
-    "tests/integration/test_loading.py",
-    "tests/integration/test_peft_features.py",
-    "tests/surm/test_layer.py",
-    "tests/test_registration.py",
-    "tests/training/test_train.py::test_sequence_classification",
-    "tests/training/test_train.py::test_a_resumed_run_equals_an_uninterrupted_one",
+    "tests/tuners/hyperadapt/test_functional.py",
+    "tests/tuners/hyperadapt/test_learning_rate.py",
+    "tests/tuners/hyperadapt/test_merge.py",
+    "tests/tuners/hyperadapt/test_mixed_batch.py",
+    "tests/integrations/test_transformers.py",
+    "tests/integrations/test_peft_features.py",
+    "tests/tuners/surm/test_layer.py",
+    "tests/integrations/test_peft.py",
+    "tests/cli/test_train.py::test_sequence_classification",
+    "tests/cli/test_train.py::test_a_resumed_run_equals_an_uninterrupted_one",
 )
 
 

@@ -15,9 +15,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hyperadapt_peft.__main__ import main
-from tests.integration import tiny
-from tests.training.conftest import save_tokenizer, write_rows
+from hyperadapt_peft.cli.main import main
+from tests import tiny
+from tests.cli.conftest import save_tokenizer, write_rows
 
 from .training import CONFIGS, TUNERS, launch_environment, train
 

@@ -24,10 +24,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import TrainingArguments
 
 from hyperadapt_peft import HyperAdaptConfig, SurmConfig
-from hyperadapt_peft.__main__ import main as hyperadapt
-from hyperadapt_peft.training import train as cli
-from hyperadapt_peft.training.tasks import Prepared
-from tests.integration import tiny
+from hyperadapt_peft.cli import train as cli
+from hyperadapt_peft.cli.main import main as hyperadapt
+from hyperadapt_peft.cli.tasks import Prepared
+from tests import tiny
 
 from .training import TUNERS, launch_environment, train
 

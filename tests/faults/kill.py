@@ -28,10 +28,10 @@ import transformers
 import yaml
 from tqdm import tqdm
 
-from hyperadapt_peft.training.recipe import load
-from hyperadapt_peft.training.train import train
+from hyperadapt_peft.cli.recipe import load
+from hyperadapt_peft.cli.train import train
 
-from ..training.conftest import SIZES, WORDS, save_tokenizer, write_rows
+from ..cli.conftest import SIZES, WORDS, save_tokenizer, write_rows
 
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "kills.json"

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from hyperadapt_peft import HyperAdaptConfig, SurmConfig
 
-from ..integration.tiny import build
+from ..tiny import build
 
 
 def offloaded(how, path):

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from hyperadapt_peft import HyperAdaptConfig, SurmConfig
-from hyperadapt_peft.training.train import _save
+from hyperadapt_peft.cli.train import _save
 
 from .kill import FORK, kill_at
 
@@ -120,7 +120,7 @@ def test_no_space_for_the_readme_changes_nothing(models, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("hyperadapt_peft.base.config.add_usage", full)  # after weights and config
+    monkeypatch.setattr("hyperadapt_peft.tuners.common.config.add_usage", full)  # after weights and config
     with pytest.raises(OSError, match="No space left"):
         models[1].save_pretrained(tmp_path)
     assert files(tmp_path) == before

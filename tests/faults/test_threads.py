@@ -11,7 +11,7 @@ from torch import nn
 
 from hyperadapt_peft import HyperAdaptConfig, SurmConfig
 
-from ..integration.tiny import build
+from ..tiny import build
 
 
 BATCHES = [["default", "second", "__base__"], ["second", "third", "second"], ["third", "__base__", "default"], None]

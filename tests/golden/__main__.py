@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import save_file
 
-from hyperadapt_peft.base.config import FORMAT_VERSION
+from hyperadapt_peft.tuners.common.config import FORMAT_VERSION
 
 from .adapters import CONFIGS, DIRECTORY, EXPECTED, Base, inputs, sines
 

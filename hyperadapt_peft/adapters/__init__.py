@@ -1,0 +1,1 @@
+"""What is done with adapters that exist: load many, swap, convert, inspect."""

@@ -1,0 +1,289 @@
+"""Measure what training with each method costs, side by side in one process on the CPU."""
+
+import copy
+import gc
+import json
+import math
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ..tuners.hyperadapt import HyperAdaptConfig, HyperAdaptLayer
+from .errors import RecipeError, attempt, nearest
+from .memory import SavedTensors, peak_bytes, storages, stored_bytes, tensors
+from .models import build, find_task, load_config, make_batch
+from .recipe import read_tuner
+from .tasks import Task
+
+
+FROZEN = "frozen"
+# Name -> its `tuner` section; all adapt the same linear layers, every one but the output head.
+METHODS: dict[str, dict[str, Any] | None] = {
+    FROZEN: None,
+    "hyperadapt": {"peft_type": "HYPERADAPT"},
+    "hyperadapt-save-memory": {"peft_type": "HYPERADAPT", "save_memory": True},
+    "surm-circulant": {"peft_type": "SURM", "structure": "circulant"},
+    "surm-toeplitz": {"peft_type": "SURM", "structure": "toeplitz"},
+    "surm-kronecker": {"peft_type": "SURM", "structure": "kronecker"},
+    "surm-ldr": {"peft_type": "SURM", "structure": "ldr"},
+    "lora-r8": {"peft_type": "LORA", "r": 8},
+    "dora-r8": {"peft_type": "LORA", "r": 8, "use_dora": True},
+    "ia3": {"peft_type": "IA3", "feedforward_modules": []},  # scales every output
+    "road": {"peft_type": "ROAD"},
+    "vera-r256": {"peft_type": "VERA", "r": 256},
+    "miss-r8": {"peft_type": "MISS", "r": 8},
+    "c3a": {"peft_type": "C3A"},
+    "full": {"peft_type": "FULL"},
+}
+BLOCKS = {"ROAD": ("group_size", 64), "C3A": ("block_size", 256)}  # the default, or what divides it and every width
+REPEATS = 3  # of loading and merging
+
+
+@dataclass
+class Contestant:
+    """A model in training, and its optimizer; a frozen one has none."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer | None
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.model(**batch).loss
+
+    def step(self, batch: dict[str, torch.Tensor]) -> None:
+        self.backward(self.forward(batch))
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def bench(
+    model: str = "llama",
+    task: str = "causal-lm",
+    batch_size: int = 4,
+    sequence_length: int = 256,
+    dtype: str = "float32",
+    rounds: int = 7,
+    methods: Sequence[str] = tuple(METHODS),
+    output_dir: str | Path = "runs/bench",
+) -> dict[str, Any]:
+    """Measure, and write `bench.json`, `bench.md` and `bench.png` into the output directory.
+
+    The model has random weights, for none of this depends on their values, and all methods but `full` share them. A
+    step is a forward pass, a backward pass and AdamW. `frozen` trains nothing, and its backward pass goes through all
+    layers to the embeddings' output; the other methods' goes as far as they need. Each round times one step of every
+    method, in random order; `step_ratio` is the median over the rounds of the ratio to the frozen step of the same
+    round.
+
+    Each row also has:
+        trainable: the trained parameters.
+        saved_bytes: what autograd keeps for the backward pass; `SavedTensors` says what counts.
+        peak_bytes: the most memory of a step beside the base model's weights: the method's own parameters and
+            optimizer states, and what torch allocates during the step.
+        adapter_bytes: the weights that `save_pretrained` writes; the whole model for `full`.
+        load_seconds: `PeftModel.from_pretrained` onto a model in memory, the median of three.
+        merge_seconds: `merge_adapter`, the median of three.
+
+    Args:
+        model: see `load_config`.
+        task: which head the model has.
+        batch_size: how many sequences or images are in a batch.
+        sequence_length: their length in tokens, all the same.
+        dtype: of the base model's weights.
+        rounds: how many rounds are timed.
+        methods: which of `METHODS`; the frozen model is always measured.
+        output_dir: where the results go; earlier ones there are replaced.
+
+    Raises:
+        RecipeError: a method or the model does not exist, or they do not fit each other.
+    """
+    for name in methods:
+        if name not in METHODS:
+            raise RecipeError(f"methods: expected some of {', '.join(METHODS)}, got {name!r}{nearest(name, METHODS)}")
+    if rounds < 1:
+        raise RecipeError(f"rounds: expected at least 1, got {rounds}")
+    kind, config = find_task(task), load_config(model)
+    attempt("output_dir", lambda: Path(output_dir).mkdir(parents=True, exist_ok=True))
+    torch.manual_seed(0)
+    base = build(config, kind, dtype)
+    batch = make_batch(base, batch_size, sequence_length)
+    names = dict.fromkeys([FROZEN, *methods])
+    contestants = {name: _contestant(name, base, kind) for name in tqdm(names, desc="models", unit="model")}
+    rows = []
+    for name, contestant in (bar := tqdm(contestants.items(), desc="memory", unit="method")):
+        bar.set_postfix_str(name)
+        rows.append({"method": name, **_measure(contestant, base, batch)})
+    seconds = _time(contestants, batch, rounds)
+    for row in rows:
+        own = seconds[row["method"]]
+        ratios = [step / frozen for step, frozen in zip(own, seconds[FROZEN], strict=True)]
+        row |= {"step_seconds": statistics.median(own), "step_ratio": statistics.median(ratios), "step_ratios": ratios}
+    results = {
+        "model": {"name": model, "class": type(base).__name__, "parameters": base.num_parameters()},
+        "settings": {
+            "task": task,
+            "batch_size": batch_size,
+            "sequence_length": sequence_length,
+            "dtype": dtype,
+            "rounds": rounds,
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("hyperadapt_peft", "peft", "transformers", "torch")},
+        "rows": rows,
+    }
+    _write(Path(output_dir), results)
+    return results
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The measurements as a Markdown table."""
+    lines = [
+        "| method | step, x frozen | kept by autograd, MiB | peak, MiB | trained | saved, bytes | merge, ms | load, ms |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        saved = "" if row["adapter_bytes"] is None else f"{row['adapter_bytes']:,}"
+        merge, load = (
+            "" if row[key] is None else f"{1000 * row[key]:.0f}" for key in ("merge_seconds", "load_seconds")
+        )
+        lines.append(
+            f"| {row['method']} | {row['step_ratio']:.2f} | {row['saved_bytes'] / 2**20:.0f} | "
+            f"{row['peak_bytes'] / 2**20:.0f} | {row['trainable']:,} | {saved} | {merge} | {load} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _contestant(name: str, base: PreTrainedModel, task: Task) -> Contestant:
+    section = METHODS[name]
+    if name == FROZEN or section is None:
+        frozen = _share(base).requires_grad_(False)
+        frozen.enable_input_require_grads()
+        return Contestant(frozen, None)
+    linears = _linears(base, task)
+    if section["peft_type"] == "FULL":
+        model = copy.deepcopy(base).requires_grad_(True)  # its steps change the weights
+    else:
+        section = {**section, "target_modules": list(linears)}
+        if section["peft_type"] in BLOCKS:
+            key, size = BLOCKS[section["peft_type"]]
+            section[key] = math.gcd(size, *(width for widths in linears.values() for width in widths))
+        peft_config: Any = read_tuner(section, task)[1]
+        model = attempt(name, lambda: get_peft_model(_share(base), peft_config))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Contestant(model.train(), torch.optim.AdamW(trained, lr=1e-3))
+
+
+def _share(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of its own modules, but with the tensors of `model`."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors(model)})
+
+
+def _linears(base: PreTrainedModel, task: Task) -> dict[str, tuple[int, int]]:
+    """Name -> (in, out) of the layers that HyperAdapt adapts by default."""
+    model: Any = get_peft_model(_share(base), HyperAdaptConfig(task_type=task.task_type))
+    modules = model.get_base_model().named_modules()
+    layers = {name: layer for name, layer in modules if isinstance(layer, HyperAdaptLayer)}
+    return {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+
+
+def _measure(contestant: Contestant, base: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A row of the table but for the step's time; two steps are made, which warm up."""
+    model, optimizer = contestant.model, contestant.optimizer
+    saved = SavedTensors(tensors(model))
+    with saved:
+        loss = contestant.forward(batch)
+    row: dict[str, Any] = {
+        "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "saved_bytes": saved.nbytes(),
+    }
+    contestant.backward(loss)
+    del loss
+    states = [value for state in optimizer.state.values() for value in state.values()] if optimizer else []
+    own = stored_bytes(model) - stored_bytes(base) + sum(storages(states).values())
+    row["peak_bytes"] = own + peak_bytes(lambda: contestant.step(batch))
+    return row | _files(contestant, base)
+
+
+def _files(contestant: Contestant, base: PreTrainedModel) -> dict[str, Any]:
+    """What saving, loading and merging take; None where there is nothing to save, load or merge."""
+    model = contestant.model
+    row: dict[str, Any] = dict.fromkeys(("adapter_bytes", "load_seconds", "merge_seconds"))
+    if contestant.optimizer is None:
+        return row
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        row["adapter_bytes"] = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
+        if not isinstance(model, PeftModel):
+            return row
+        seconds = []
+        for _ in range(REPEATS):
+            fresh = _share(base)
+            start = time.perf_counter()
+            PeftModel.from_pretrained(fresh, directory)
+            seconds.append(time.perf_counter() - start)
+        row["load_seconds"] = statistics.median(seconds)
+    apart: Any = copy.deepcopy(model)  # with weights of its own
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        apart.merge_adapter()
+        seconds.append(time.perf_counter() - start)
+        apart.unmerge_adapter()
+    row["merge_seconds"] = statistics.median(seconds)
+    return row
+
+
+def _time(contestants: dict[str, Contestant], batch: dict[str, torch.Tensor], rounds: int) -> dict[str, list[float]]:
+    """Method -> the seconds of its step in each round."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    order, shuffle = list(contestants), random.Random(0).shuffle
+    with tqdm(total=rounds * len(order), desc="steps", unit="step") as bar:
+        for _ in range(rounds):
+            gc.collect()
+            shuffle(order)
+            for name in order:
+                start = time.perf_counter()
+                contestants[name].step(batch)
+                seconds[name].append(time.perf_counter() - start)
+                bar.update()
+    return seconds
+
+
+def _write(directory: Path, results: dict[str, Any]) -> None:
+    (directory / "bench.json").write_text(json.dumps(results, indent=2) + "\n")
+    (directory / "bench.md").write_text(table(results["rows"]))
+    try:
+        import matplotlib
+    except ImportError:
+        return  # the table says it all; plots are an extra
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = results["rows"]
+    figure, panels = pyplot.subplots(ncols=2, figsize=(10, 0.3 * len(rows) + 1.5), sharey=True, layout="constrained")
+    for axes, key, unit, label in (
+        (panels[0], "step_ratio", 1, "training step, x frozen"),
+        (panels[1], "saved_bytes", 2**20, "kept for the backward pass, MiB"),
+    ):
+        bars = axes.barh([row["method"] for row in rows], [row[key] / unit for row in rows])
+        axes.bar_label(bars, fmt="%.2f" if unit == 1 else "%.0f", padding=2)
+        axes.set(xlabel=label)
+        axes.margins(x=0.12)
+    panels[0].invert_yaxis()
+    figure.savefig(directory / "bench.png", dpi=150)
+    pyplot.close(figure)

@@ -1,1 +1,0 @@
-"""What training with a method costs: measured beside others (`hyperadapt bench`), or planned (`hyperadapt plan`)."""

@@ -1,0 +1,198 @@
+"""Configuration fields that every tuner here has: which modules, which layers, what is trained beside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Optional, Union
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+from torch import nn
+
+from ...integrations.hub import add_usage
+
+
+FORMAT_VERSION = 1  # of adapter files; raised as tests/golden/README.md says
+
+
+@dataclass
+class TargetConfig(PeftConfig):
+    """The fields of PEFT's tuners under PEFT's names, validated when the config is made.
+
+    Args:
+        target_modules (`Optional[Union[list[str], str]]`):
+            The names of the modules to adapt. A list matches whole names or their endings, a string is a regular
+            expression, `"all-linear"` (also what `None`, the default, means) takes every linear layer but the output
+            head, on any architecture.
+        exclude_modules (`Optional[Union[list[str], str]]`):
+            The names of the modules not to adapt; a list or a regular expression as above.
+        init_weights (`bool`):
+            `True` (default) starts as the identity: the adapted model equals the base model bit by bit. `False` starts
+            from random values, which only tests want.
+        bias (`str`):
+            Which biases are trained as well: `"none"` (default), `"all"` or `"<method>_only"` (those of the adapted
+            layers).
+        modules_to_save (`Optional[list[str]]`):
+            Modules that are trained and saved whole, such as a new classification head.
+        layers_to_transform (`Optional[Union[list[int], int]]`):
+            Only adapt layers with these indices; needs `target_modules` to be a list.
+        layers_pattern (`Optional[Union[list[str], str]]`):
+            The name of the module list that `layers_to_transform` counts in, if it is not one PEFT knows.
+        trainable_token_indices (`Optional[Union[list[int], dict[str, list[int]]]]`):
+            Ids of tokens whose embeddings are trained as well, as in PEFT's `LoraConfig`.
+        format_version (`int`):
+            The version of the adapter's file format, not to be set by hand. Files of a newer one are refused.
+
+    Raises:
+        TypeError: If a field has a value of the wrong type.
+        ValueError: If a field has a value it cannot have. Both messages name the field and what it takes.
+    """
+
+    target_modules: Optional[Union[list[str], set[str], str]] = field(
+        default=None,
+        metadata={
+            "help": "Names (list) or regular expression (str) of the modules to adapt, or 'all-linear'. "
+            "None means 'all-linear'."
+        },
+    )
+    exclude_modules: Optional[Union[list[str], set[str], str]] = field(
+        default=None,
+        metadata={"help": "Names (list) or regular expression (str) of the modules not to adapt."},
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "True starts as the identity; False starts from random values (for tests)."},
+    )
+    bias: str = field(
+        default="none",
+        metadata={"help": "Biases to train as well: 'none', 'all' or '<method>_only'."},
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None,
+        metadata={"help": "Modules that are trained and saved whole, such as a new classification head."},
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None,
+        metadata={"help": "Indices of the layers to adapt; all if None."},
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={"help": "Name of the module list that `layers_to_transform` counts in."},
+    )
+    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(
+        default=None,
+        metadata={"help": "Ids of tokens whose embeddings are trained as well."},
+    )
+    format_version: int = field(
+        default=FORMAT_VERSION,
+        metadata={"help": "The version of the adapter's file format, not to be set by hand."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if type(self.format_version) is not int or self.format_version < 1:
+            raise TypeError(f"`format_version` must be a positive int, not {self.format_version!r}.")
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"The adapter's `format_version` is {self.format_version}, and this hyperadapt_peft reads versions up to "
+                f"{FORMAT_VERSION}. Upgrade it: `pip install --upgrade hyperadapt_peft`."
+            )
+        self.target_modules = names_or_regex(self.target_modules, "target_modules")
+        self.exclude_modules = names_or_regex(self.exclude_modules, "exclude_modules")
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"`modules_to_save` must be a list of module names, not {self.modules_to_save!r}.")
+        for name in ("modules_to_save", "layers_pattern"):
+            patterns = names_or_regex(getattr(self, name), name)
+            for pattern in patterns if isinstance(patterns, set) else ():
+                names_or_regex(pattern, name)  # PEFT puts each into a regular expression
+        for name in ("base_model_name_or_path", "revision", "peft_version"):
+            instance_of(getattr(self, name), name, str, type(None))
+        instance_of(self.auto_mapping, "auto_mapping", dict, type(None))
+        instance_of(self.inference_mode, "inference_mode", bool)
+        one_of(self.init_weights, "init_weights", (True, False))
+        one_of(self.bias, "bias", ("none", "all", f"{PeftType(self.peft_type).value.lower()}_only"))
+        integers(self.layers_to_transform, "layers_to_transform")
+        tokens = self.trainable_token_indices
+        for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
+            integers(indices, "trainable_token_indices")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save `adapter_config.json`, and in the README beside it how to install and load the adapter.
+
+        Without `import hyperadapt_peft` PEFT meets an unknown type and can only say `KeyError`.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        add_usage(save_directory, self)
+
+
+def one_of(value: Any, name: str, allowed: Iterable[Any]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`, of the same type (1 is not True)."""
+    allowed = tuple(allowed)
+    if not any(type(value) is type(item) and value == item for item in allowed):
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, not {value!r}.")
+
+
+def instance_of(value: Any, name: str, *types: type) -> None:
+    """Raise TypeError unless `value` is an instance of one of `types`."""
+    if not isinstance(value, types):
+        raise TypeError(f"`{name}` must be of type {' or '.join(t.__name__ for t in types)}, not {value!r}.")
+
+
+def names_or_regex(value: Any, name: str) -> Union[set[str], str, None]:
+    """Return names as PEFT wants them, a set; a regular expression or None as it is.
+
+    Raises:
+        TypeError: If it is of another type.
+        ValueError: If a name is empty, or a str is not a regular expression.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except (re.error, OverflowError, RecursionError) as exc:
+            raise ValueError(f"`{name}` must be a regular expression, not {value!r}: {exc}.") from None
+    elif not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"`{name}` must be a list of names or a str, not {value!r}.")
+    else:
+        value = set(value)
+    if "" in ({value} if isinstance(value, str) else value):
+        raise ValueError(f"`{name}` must not be an empty name or have one.")
+    return value
+
+
+def integers(value: Any, name: str) -> None:
+    """Check that `value` is None, an index or a list of indices.
+
+    Raises:
+        TypeError: If it is anything else (bool is not an int here).
+        ValueError: If an index is negative or too large for any model.
+    """
+    items = value if isinstance(value, (list, tuple, set)) else [0 if value is None else value]
+    if not all(type(item) is int for item in items):
+        raise TypeError(f"`{name}` must be an int or a list of int, not {value!r}.")
+    if not all(0 <= item < 2**31 for item in items):
+        raise ValueError(f"`{name}` must have no negative or huge indices, not {value!r}.")
+
+
+def check_adapter_name(name: Any) -> None:
+    """Check that an adapter can have this name: modules are called so, and `save_pretrained` makes a directory of it.
+
+    Raises:
+        TypeError: If it is not a str.
+        ValueError: If it is not the name of one directory or module, or means something else already.
+    """
+    instance_of(name, "adapter_name", str)
+    if not name or set(name) & set("./\\:\0") or hasattr(nn.ModuleDict(), name) or name == "__base__":
+        raise ValueError(
+            f"An adapter cannot be called {name!r}: a directory and a module get its name, so it must not be empty, hold "
+            "any of . / \\ : or be the name of an attribute of torch.nn.ModuleDict; '__base__' means no adapter."
+        )

@@ -1,0 +1,56 @@
+"""Configuration of HyperAdapt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Optional
+
+from ...integrations.peft import add_peft_type
+from ..common.config import TargetConfig, names_or_regex, one_of
+
+
+@dataclass
+class HyperAdaptConfig(TargetConfig):
+    """Configuration of a [`HyperAdaptModel`]: `W' = A W B` with trained diagonal matrices A and B.
+
+    Args:
+        sides (`Literal["both", "row", "column"]`):
+            Which scales are trained: of an n x m weight the n of its rows, the m of its columns, or (default) both.
+        save_memory (`bool`):
+            Whether training keeps nothing for the scales but each layer's input, and computes each base layer a second
+            time in the backward pass. Default `False`. It changes neither outputs nor what is saved.
+        target_parameters (`Optional[list[str]]`):
+            The names, or their endings, of parameters to adapt that are not the weight of a supported layer, such as
+            `"experts.gate_up_proj"`: matrices, or (E, n, m) of fused experts, which get scales for each expert. With
+            `None`, the default, the weights of fused experts and of their routers are adapted where `target_modules`
+            asks for them: by `None` or `"all-linear"`, or by the names that their linear layers had before transformers
+            fused them (`"w1"`, `"w2"`, `"w3"`, `"gate_proj"`, ...). `[]` leaves them out. Where it names parameters and
+            `target_modules` is `None`, only these are adapted.
+
+    All other fields, and what is raised, are those of [`TargetConfig`]. Source: arXiv 2509.18629.
+    """
+
+    sides: Literal["both", "row", "column"] = field(
+        default="both",
+        metadata={"help": "Train the scales of the weight's rows, of its columns, or of both."},
+    )
+    save_memory: bool = field(
+        default=False,
+        metadata={"help": "Keep less for the backward pass and compute the base layers twice instead."},
+    )
+    target_parameters: Optional[list[str]] = field(
+        default=None,
+        metadata={
+            "help": "Names of parameters to adapt, such as those of fused experts. None means those that "
+            "`target_modules` asks for, [] none."
+        },
+    )
+
+    def __post_init__(self):
+        self.peft_type = add_peft_type("HYPERADAPT")
+        super().__post_init__()
+        one_of(self.sides, "sides", ("both", "row", "column"))
+        one_of(self.save_memory, "save_memory", (True, False))
+        if isinstance(self.target_parameters, str):
+            raise TypeError("`target_parameters` must be a list of strings or None.")
+        names_or_regex(self.target_parameters, "target_parameters")

@@ -1,0 +1,286 @@
+"""HyperAdapt layers: `W' = A W B`, computed on the activations so that the base layer stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Optional
+from weakref import WeakSet
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from ..common import TargetLayer
+from ..common.mixed_batch import BatchNames
+from .algebra import Offsets
+from .config import HyperAdaptConfig
+from .functional import can_fuse, scale, scale_input, scale_output, scaled_linear
+
+
+# Their outputs are new tensors that nobody else holds, so they may be scaled in place.
+FRESH = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+SCALES: WeakSet[Scale] = WeakSet()  # all there are, for `learning_rate`
+
+
+class Scale(nn.Module):
+    """One scale per row or per column, stored as its offset from 1 (0 is the identity).
+
+    As an offset, a bf16 copy keeps the update's relative precision, weight decay pulls to the identity, and missing
+    values mean the identity. It is a module so that FSDP, ZeRO and offloading, which act on modules' forwards, see it.
+
+    Args:
+        *shape (`int`): The number of rows or columns, after the number of matrices if there are several.
+    """
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+        SCALES.add(self)
+
+    def forward(self) -> torch.Tensor:
+        return self.weight.clone()  # sharded engines free the weight after this call
+
+
+class HyperAdaptLayer(TargetLayer):
+    """A base layer of weight `W` (n x m) whose rows are scaled by `a` (n) and whose columns by `b` (m).
+
+    Several active adapters multiply their scales, in any order. The bias is not scaled.
+    """
+
+    adapter_layer_names = ("hyperadapt_row", "hyperadapt_column")
+    other_param_names = ("hyperadapt_strength", "hyperadapt_save_memory")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: HyperAdaptConfig, **kwargs: Any) -> None:
+        super().__init__(base_layer, **kwargs)
+        self.hyperadapt_row = nn.ModuleDict()
+        self.hyperadapt_column = nn.ModuleDict()
+        self.hyperadapt_strength: dict[str, float] = {}
+        self.hyperadapt_save_memory: dict[str, bool] = {}
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    @property
+    def num_rows(self) -> int:
+        return self.out_features
+
+    @property
+    def num_columns(self) -> int:
+        return self.in_features
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """The shape of what is before rows and columns: () of one matrix, (E,) of E matrices."""
+        return ()
+
+    def update_layer(self, adapter_name: str, config: HyperAdaptConfig) -> None:
+        """Add an adapter, at the identity unless `config.init_weights` is False."""
+        self.hyperadapt_strength[adapter_name] = 1.0
+        self.hyperadapt_save_memory[adapter_name] = config.save_memory
+        if config.sides != "column":
+            self.hyperadapt_row[adapter_name] = Scale(*self.stack_shape, self.num_rows)
+        if config.sides != "row":
+            self.hyperadapt_column[adapter_name] = Scale(*self.stack_shape, self.num_columns)
+        self.reset_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
+        """Set an adapter to the identity, or with `init_weights=False` to random scales around it."""
+        for scales in (self.hyperadapt_row, self.hyperadapt_column):
+            if adapter_name in scales:
+                nn.init.normal_(scales[adapter_name].get_parameter("weight"), std=0.0 if init_weights else 0.3)
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Set an adapter's strength s: its scales `1 + d` count as `1 + s d`."""
+        if adapter_name in self.hyperadapt_strength:
+            self.hyperadapt_strength[adapter_name] = scale
+
+    def get_offsets(self, adapter_name: str) -> Offsets:
+        """Return an adapter's offsets from 1 of rows (n,) and columns (m,), detached; None where it has none."""
+        pair = (self.hyperadapt_row, self.hyperadapt_column)
+        row, column = (scales[adapter_name]().detach() if adapter_name in scales else None for scales in pair)
+        return row, column
+
+    def combined_offsets(self, adapter_names: list[str], combine: Callable[[list[Offsets]], Offsets]) -> Offsets:
+        """Return what a function of `algebra` makes of the offsets of some adapters."""
+        return combine([self.get_offsets(name) for name in adapter_names])
+
+    def add_offsets(
+        self,
+        adapter_name: str,
+        config: HyperAdaptConfig,
+        row: Optional[torch.Tensor],
+        column: Optional[torch.Tensor],
+    ) -> None:
+        """Add an adapter with given offsets; it is not trained and not active."""
+        self.update_layer(adapter_name, config)
+        for scales, offset in ((self.hyperadapt_row, row), (self.hyperadapt_column, column)):
+            if adapter_name in scales:
+                weight = scales[adapter_name].get_parameter("weight")
+                weight.data = torch.zeros_like(weight) if offset is None else offset.to(weight.device)
+                weight.requires_grad_(False)
+
+    def offset(self, scales: nn.ModuleDict, adapter_name: str) -> torch.Tensor:
+        """Return one adapter's offset from 1 at its strength, (size,)."""
+        strength = self.hyperadapt_strength[adapter_name]
+        return scales[adapter_name]() if strength == 1 else strength * scales[adapter_name]()
+
+    def active_offset(self, scales: nn.ModuleDict) -> Optional[torch.Tensor]:
+        """Return the offset from 1 of the product of the active adapters' scales, (size,), or None without any."""
+        total = None
+        for name in self.active_adapters:
+            if name in scales:
+                offset = self.offset(scales, name)
+                total = offset if total is None else total + offset + total * offset
+        return total
+
+    def batch_offset(self, scales: nn.ModuleDict, adapter_names: list[str]) -> Optional[torch.Tensor]:
+        """Return each sample's offset from 1, (batch, size), or None if no sample has any."""
+        memo = adapter_names.memo if isinstance(adapter_names, BatchNames) else {}
+        if scales not in memo:
+            memo[scales] = self._batch_offset(scales, adapter_names)
+        return memo[scales]
+
+    def _batch_offset(self, scales: nn.ModuleDict, adapter_names: list[str]) -> Optional[torch.Tensor]:
+        names = [name for name in dict.fromkeys(adapter_names) if name in scales]
+        if not names:
+            return None
+        table = torch.stack([self.offset(scales, name) for name in names])
+        table = torch.cat([torch.zeros_like(table[:1]), table])  # row 0: no adapter
+        rows = {name: i for i, name in enumerate(names, start=1)}
+        return table[torch.tensor([rows.get(name, 0) for name in adapter_names], device=table.device)]
+
+    def scale_weight(self, weight: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """Return `weight` with its rows times `row` and its columns times `column`."""
+        return weight * row[..., :, None] * column[..., None, :]
+
+    def adapted_weight(self, weight: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        row = weight.new_ones(*self.stack_shape, self.num_rows)
+        column = weight.new_ones(*self.stack_shape, self.num_columns)
+        for name in adapter_names:
+            if name in self.hyperadapt_row:
+                row = row * (1 + self.offset(self.hyperadapt_row, name).detach().to(row))
+            if name in self.hyperadapt_column:
+                column = column * (1 + self.offset(self.hyperadapt_column, name).detach().to(column))
+        return self.scale_weight(weight, row, column)
+
+    def __repr__(self) -> str:
+        return "hyperadapt." + super().__repr__()
+
+
+class Linear(HyperAdaptLayer):
+    """HyperAdapt of `nn.Linear`, transformers' `Conv1D` and every quantized linear layer PEFT knows.
+
+    `x` (..., m) -> (..., n).
+    """
+
+    channel_dims = 0  # how many dimensions follow the channels in the activations
+
+    def adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        column, row = self.active_offset(self.hyperadapt_column), self.active_offset(self.hyperadapt_row)
+        return self.scaled_forward(column, row, x, *args, **kwargs)
+
+    def mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        column = self.batch_offset(self.hyperadapt_column, adapter_names)
+        row = self.batch_offset(self.hyperadapt_row, adapter_names)
+        return self.scaled_forward(column, row, x, *args, **kwargs)
+
+    def scaled_forward(
+        self, column: Optional[torch.Tensor], row: Optional[torch.Tensor], x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        keep = not any(self.hyperadapt_save_memory.get(name) for name in self.active_adapters)
+        if not args and not kwargs and can_fuse(self.base_layer, x, column, row):
+            return scaled_linear(x, column, row, self.base_layer.weight, self.base_layer.bias, keep)  # type: ignore
+        inputs = x if column is None else scale_input(x, column, self.channel_dims)
+        result = self.base_layer(inputs, *args, **kwargs)
+        if row is None:
+            return result
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        nested = isinstance(self.base_layer, BaseTunerLayer)  # it may drop out at random
+        return scale_output(
+            result,
+            row,
+            bias=self.base_bias(result, x, *args, **kwargs),
+            again=None if nested else lambda inputs: self.base_layer(inputs, *args, **kwargs),
+            inputs=(x, column),
+            channel_dims=self.channel_dims,
+            in_place=type(self.base_layer) in FRESH and not self.base_layer._forward_hooks,
+            keep=keep,
+        )
+
+    def base_bias(self, result: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> Optional[torch.Tensor]:
+        """The base layer's bias, (size,)."""
+        bias = getattr(self.get_base_layer(), "bias", None)
+        if bias is None:
+            return None
+        if bias.device != result.device or bias.numel() != self.out_features:
+            # offloaded or sharded: outside the base layer's forward the bias is not here, but it is W 0 + bias
+            bias = self.base_layer(torch.zeros_like(x[:1]), *args, **kwargs).detach()
+            bias = bias.movedim(bias.dim() - 1 - self.channel_dims, -1).reshape(-1, self.out_features)[0]
+        return bias
+
+    def scale_weight(self, weight: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.get_base_layer(), Conv1D):  # stored as m x n
+            row, column = column, row
+        return super().scale_weight(weight, row, column)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+
+class Conv(Linear):
+    """HyperAdapt of `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`: rows are output channels, columns input channels."""
+
+    @property
+    def channel_dims(self) -> int:  # type: ignore[override]
+        conv: Any = self.get_base_layer()
+        return len(conv.kernel_size)
+
+    def scale_weight(self, weight: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        conv: Any = self.get_base_layer()
+        groups = conv.groups  # the weight is n x (m / groups) x kernel
+        column = column.reshape(groups, -1).repeat_interleave(self.num_rows // groups, dim=0)
+        return (weight.flatten(2) * row[:, None, None] * column[:, :, None]).reshape(weight.shape)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+
+class Embedding(HyperAdaptLayer):
+    """HyperAdapt of `nn.Embedding`: rows are tokens, columns the embedding's dimensions. Ids (...) -> (..., m)."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.in_features
+
+    @property
+    def num_columns(self) -> int:
+        return self.out_features
+
+    def adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        row, column = self.active_offset(self.hyperadapt_row), self.active_offset(self.hyperadapt_column)
+        if row is not None:
+            result = scale(result, F.embedding(x, row[:, None]))
+        return result if column is None else scale(result, column)
+
+    def mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        row = self.batch_offset(self.hyperadapt_row, adapter_names)
+        if row is not None:
+            tokens = row.gather(1, x.flatten(1)).reshape(*x.shape, 1)
+            result = scale(result, tokens)
+        column = self.batch_offset(self.hyperadapt_column, adapter_names)
+        if column is not None:
+            column = column.reshape(len(x), *(1,) * (result.dim() - 2), -1)
+            result = scale(result, column)
+        return result

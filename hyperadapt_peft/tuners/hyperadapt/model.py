@@ -1,0 +1,222 @@
+"""The HyperAdapt tuner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Optional, cast
+
+from peft.utils import resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..common import TargetModel
+from ..common.config import check_adapter_name
+from ..common.experts import fused_targets, targeted_parameters, without_wrappers
+from ..common.model import outer_modules
+from . import algebra
+from .config import HyperAdaptConfig
+from .experts import ParamWrapper
+from .layer import Conv, Embedding, HyperAdaptLayer, Linear
+
+
+class HyperAdaptModel(TargetModel):
+    """Adapts a model by HyperAdapt: `W' = A W B` with trained diagonal matrices, n + m numbers for an n x m weight.
+
+    Args:
+        model (`torch.nn.Module`): The model to be adapted.
+        config ([`HyperAdaptConfig`]): The configuration of the adapter.
+        adapter_name (`str`, defaults to `"default"`): The adapter's name.
+        low_cpu_mem_usage (`bool`, defaults to `False`): Create the scales on the meta device, to be loaded later.
+
+    Raises:
+        ValueError: If a target module or parameter is of a kind that is not supported; the model is left as it was.
+
+    Example:
+
+        ```py
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM
+        >>> from hyperadapt_peft import HyperAdaptConfig
+
+        >>> model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+        >>> model = get_peft_model(model, HyperAdaptConfig(task_type="CAUSAL_LM"))
+        ```
+
+    Source: arXiv 2509.18629.
+    """
+
+    prefix = "hyperadapt_"
+    tuner_layer_cls = HyperAdaptLayer
+    parameter_layer_cls = ParamWrapper
+    supported_layers = (
+        "`torch.nn.Linear` (optionally quantized), `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, "
+        "`torch.nn.Conv3d` and `transformers.pytorch_utils.Conv1D`"
+    )
+
+    @staticmethod
+    def layer_class_for(base_layer: nn.Module) -> Optional[type[HyperAdaptLayer]]:
+        if isinstance(base_layer, (nn.Linear, Conv1D)):
+            return Linear
+        if isinstance(base_layer, nn.Embedding):
+            return Embedding
+        if isinstance(base_layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            return Conv
+        backend = resolve_quantization_backend(base_layer, get_apply_tensor_subclass=lambda: None)
+        return Linear if backend is not None and backend.layer_type == "linear" else None
+
+    def _prepare_adapter_config(self, peft_config: HyperAdaptConfig, model_config: dict) -> HyperAdaptConfig:  # type: ignore[override]
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            peft_config.target_modules = set()  # what is named is all that is adapted
+        all_linear = peft_config.target_modules in (None, "all-linear")
+        if peft_config.target_parameters is None:
+            peft_config.target_parameters = self._fused_targets(peft_config, all_linear)
+        super()._prepare_adapter_config(peft_config, model_config)
+        if all_linear:  # but what is named as a parameter is adapted as one
+            owners = targeted_parameters(self.model, peft_config.target_parameters).keys()
+            peft_config.target_modules = cast(set[str], peft_config.target_modules) - owners
+        return peft_config
+
+    def _fused_targets(self, config: HyperAdaptConfig, all_linear: bool) -> list[str]:
+        """Return the parameters that stand for target modules, and drop those modules from `config`."""
+        asked = fused_targets(config, self.model)
+        for weight, missing in asked.items():
+            if missing:
+                raise ValueError(
+                    f"`target_modules` names some of the layers that are one parameter now, {weight.name}, but not "
+                    f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. Name all of them, or name the "
+                    "parameter in `target_parameters`, or set `target_parameters=[]` to leave it as it is."
+                )
+        if asked and not all_linear:
+            names = {key for key, _ in outer_modules(self.model) if self._check_target_module_exists(config, key)}
+            config.target_modules = names - {weight.owner for weight in asked}
+        return sorted(weight.name for weight in asked)
+
+    def _prepare_model(self, peft_config: HyperAdaptConfig, model: nn.Module) -> None:  # type: ignore[override]
+        super()._prepare_model(peft_config, model)
+        for owner, names in targeted_parameters(model, peft_config.target_parameters or []).items():
+            if not owner:
+                raise ValueError(
+                    f"Targeting an nn.Parameter on the top-level module is not supported (parameter '{names[0]}')."
+                )
+            module = model.get_submodule(owner)
+            if self._check_target_module_exists(peft_config, owner):
+                raise ValueError(f"{owner} cannot be in `target_modules` and its {names[0]} in `target_parameters`.")
+            self._check_parameters(module, owner, names, peft_config)
+
+    def _check_parameters(self, module: nn.Module, owner: str, names: list[str], config: HyperAdaptConfig) -> None:
+        adapted = []
+        while isinstance(module, ParamWrapper):
+            adapted.append(module.parameter_name)
+            module = module.base_layer
+        if adapted and set(adapted) != set(names):
+            # the names of what is saved depend on how the wrappers are nested
+            raise ValueError(
+                f"Of the parameters of one module, all adapters must target the same set of parameters: {owner} has "
+                f"adapters of {', '.join(sorted(adapted))}, and the new adapter targets {', '.join(sorted(names))}."
+            )
+        for name in names:  # raises what it would raise later
+            ParamWrapper(module, "check", replace(config, inference_mode=True), parameter_name=name)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Make a new, inactive adapter from existing ones; named as PEFT's LoRA names it.
+
+        The combination is computed in a canonical gauge, so it depends on the adapters' updates and not on how they
+        are split between rows and columns. The weights (1, 0) give the first adapter, and equal adapters whose weights
+        sum to 1 give themselves, for the first two types.
+
+        Args:
+            adapters (`list[str]`): The adapters to combine.
+            weights (`list[float]`): One weight for each, of any sign.
+            adapter_name (`str`): The name of the new adapter.
+            combination_type (`str`, defaults to `"linear"`):
+                Of the scales `1 + d_k`: `"linear"` gives `1 + sum w_k d_k`; `"log"` gives `prod (1 + d_k) ** w_k`, for
+                which all scales must be positive; `"product"` gives `prod (1 + w_k d_k)`, which is the adapters
+                active together at the strengths w_k.
+
+        Raises:
+            ValueError: If an adapter is unknown, has more than scales (`modules_to_save`, `trainable_token_indices`,
+                `bias`), the new name is taken, or the scales do not allow the type. Nothing has changed then.
+        """
+        if len(adapters) != len(weights) or not adapters:
+            raise ValueError(f"There must be one weight per adapter, got {len(adapters)} and {len(weights)}.")
+        self._add_combination(
+            adapters, adapter_name, lambda offsets: algebra.combine(offsets, weights, combination_type)
+        )
+
+    def invert_adapter(self, adapter: str, adapter_name: str) -> None:
+        """Make a new, inactive adapter of the scales `1 / (1 + d)`: active together, the two are the identity.
+
+        Args:
+            adapter (`str`): The adapter to invert.
+            adapter_name (`str`): The name of the new adapter.
+
+        Raises:
+            ValueError: If a scale is zero, or as in `add_weighted_adapter`. Nothing has changed then.
+        """
+        self._add_combination(
+            [adapter], adapter_name, lambda offsets: (algebra.invert(offsets[0][0]), algebra.invert(offsets[0][1]))
+        )
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Use an adapter at another strength: its scales `1 + d` become `1 + scale * d`.
+
+        0 is the base model, 1 the adapter as trained, -1 its negation. The strength holds for forward and merging; it
+        is not saved: to keep it, make a new adapter by `add_weighted_adapter([adapter_name], [scale], ...)`.
+
+        Args:
+            adapter_name (`str`): The adapter.
+            scale (`float`): Its strength.
+
+        Raises:
+            ValueError: If the adapter is unknown, or merged.
+        """
+        self._check_adapters([adapter_name])
+        layers = [layer for layer in self.modules() if isinstance(layer, HyperAdaptLayer)]
+        if any(adapter_name in layer.merged_adapters for layer in layers):
+            raise ValueError(f"The adapter {adapter_name} is merged; call `unmerge_adapter` first.")
+        for layer in layers:
+            layer.set_scale(adapter_name, scale)
+
+    def _check_adapters(self, adapters: list[str]) -> None:
+        if unknown := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"Adapter(s) {unknown} not found, available adapters: {sorted(self.peft_config)}")
+
+    def _add_combination(
+        self, adapters: list[str], adapter_name: str, combine: Callable[[list[algebra.Offsets]], algebra.Offsets]
+    ) -> None:
+        self._check_adapters(adapters)
+        check_adapter_name(adapter_name)
+        if adapter_name in self.peft_config:
+            raise ValueError(f"There is already an adapter called {adapter_name}.")
+        configs = cast(list[HyperAdaptConfig], [self.peft_config[name] for name in adapters])
+        for name, config in zip(adapters, configs, strict=True):
+            if config.modules_to_save or config.trainable_token_indices or config.bias != "none":
+                raise ValueError(f"The adapter {name} has trained more than scales, which cannot be combined.")
+
+        results = {}
+        for key, layer in self.model.named_modules():
+            if isinstance(layer, HyperAdaptLayer) and layer._get_available_adapters() & set(adapters):
+                try:
+                    results[key] = layer.combined_offsets(adapters, combine)
+                except ValueError as exc:
+                    raise ValueError(f"{key}: {exc}") from None
+
+        layers = {key: cast(HyperAdaptLayer, self.model.get_submodule(key)) for key in results}
+        parameters = {key for key, layer in layers.items() if isinstance(layer, ParamWrapper)}
+        sides = {config.sides for config in configs}
+        config = replace(
+            configs[0],
+            sides=sides.pop() if len(sides) == 1 else "both",
+            target_modules=results.keys() - parameters,
+            target_parameters=sorted(f"{without_wrappers(key)}.{layers[key].parameter_name}" for key in parameters),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            inference_mode=True,
+        )
+        self.peft_config[adapter_name] = config
+        for key, offsets in results.items():
+            layers[key].add_offsets(adapter_name, config, *offsets)

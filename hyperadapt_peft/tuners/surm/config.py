@@ -1,0 +1,66 @@
+"""Configuration of SURM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ...integrations.peft import add_peft_type
+from ..common.config import TargetConfig, one_of
+from .structures import STRUCTURES
+
+
+@dataclass
+class SurmConfig(TargetConfig):
+    """Configuration of a [`SurmModel`]: structured unrestricted-rank updates.
+
+    Args:
+        structure (`Literal["circulant", "toeplitz", "kronecker", "ldr"]`):
+            The structure of the trained matrix; of a square weight of width n it trains 2n numbers (circulant,
+            default), 2n (symmetric Toeplitz), the fewest a Kronecker product can have, or 2nr (LDR).
+        place (`Literal["lora", "adapter"]`):
+            `"lora"` (default): `W' = W + alpha dW`. `"adapter"`: `Y = X + gelu(alpha X S) + b` after the module, with
+            X its output; it cannot be merged.
+        r (`int`):
+            The displacement rank of `structure="ldr"`, 1 by default; the other structures have none.
+        symmetric (`bool`):
+            Whether `structure="toeplitz"` uses symmetric matrices (default) or general ones of twice the size.
+        alpha (`float`):
+            A plain factor of the update, 1.0 by default; it is not divided by `r`.
+        surm_dropout (`float`):
+            The dropout probability of the update's input, 0.0 by default.
+
+    `target_modules=None` means the query, key and value projections in LoRA's place, and the outputs of attention and
+    feed-forward blocks (Houlsby's sites) in the adapter's place, by the names transformers gives them.
+
+    All other fields, and what is raised, are those of [`TargetConfig`]. Source: arXiv 2406.17740.
+    """
+
+    structure: Literal["circulant", "toeplitz", "kronecker", "ldr"] = field(
+        default="circulant", metadata={"help": "The structure of the trained matrix."}
+    )
+    place: Literal["lora", "adapter"] = field(
+        default="lora",
+        metadata={"help": "'lora': added to the weight. 'adapter': a layer with a gelu after the module."},
+    )
+    r: int = field(default=1, metadata={"help": "The displacement rank of structure='ldr'."})
+    symmetric: bool = field(
+        default=True, metadata={"help": "Whether structure='toeplitz' uses symmetric matrices or general ones."}
+    )
+    alpha: float = field(default=1.0, metadata={"help": "A plain factor of the update, not divided by r."})
+    surm_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the update's input."})
+
+    def __post_init__(self):
+        self.peft_type = add_peft_type("SURM")
+        super().__post_init__()
+        one_of(self.structure, "structure", STRUCTURES)
+        one_of(self.place, "place", ("lora", "adapter"))
+        one_of(self.symmetric, "symmetric", (True, False))
+        if type(self.r) is not int or self.r < 1:
+            raise ValueError(f"`r` must be a positive integer, not {self.r!r}.")
+        if self.r != 1 and self.structure != "ldr":
+            raise ValueError(f"`r` is the displacement rank of structure='ldr'; {self.structure!r} has none.")
+        if type(self.alpha) not in (int, float) or not abs(self.alpha) < float("inf"):
+            raise ValueError(f"`alpha` must be a finite number, not {self.alpha!r}.")
+        if type(self.surm_dropout) not in (int, float) or not 0 <= self.surm_dropout < 1:
+            raise ValueError(f"`surm_dropout` must be in [0, 1), not {self.surm_dropout!r}.")

@@ -1,0 +1,144 @@
+"""SURM layers: a structured matrix in LoRA's place or in an adapter's place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from ..common import TargetLayer
+from . import structures
+from .config import SurmConfig
+
+
+# Standard deviation of the random factor. With the zero factor's steps of the learning rate's size, the update's
+# entries then grow by about a tenth of it to once it per step, as LoRA's do.
+RANDOM_STD = {"circulant": 0.1, "kronecker": 0.1, "toeplitz": 0.02, "ldr": 0.02}
+
+
+class Factor(nn.Module):
+    """A trained tensor; a module so that FSDP, ZeRO and offloading, which act on modules' forwards, see it."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight.clone()  # sharded engines free the weight after this call
+
+
+class SurmLayer(TargetLayer):
+    """A base layer with structured matrices, each of two factors of which the first starts at zero."""
+
+    adapter_layer_names = ("surm_first", "surm_second", "surm_bias")
+    other_param_names = ("surm_config", "surm_dropout")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SurmConfig, **kwargs: Any) -> None:
+        super().__init__(base_layer, **kwargs)
+        self.surm_first = nn.ModuleDict()
+        self.surm_second = nn.ModuleDict()
+        self.surm_bias = nn.ModuleDict()  # of adapters in an adapter's place
+        self.surm_dropout = nn.ModuleDict()
+        self.surm_config: dict[str, SurmConfig] = {}
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: SurmConfig) -> None:
+        """Add an adapter, at the identity unless `config.init_weights` is False."""
+        self.surm_config[adapter_name] = config
+        first, second = structures.factor_shapes(
+            config.structure, *self.matrix_shape(adapter_name), rank=config.r, symmetric=config.symmetric
+        )
+        self.surm_first[adapter_name] = Factor(*first)
+        self.surm_second[adapter_name] = Factor(*second)
+        if config.place == "adapter":
+            self.surm_bias[adapter_name] = Factor(self.out_features)
+        self.surm_dropout[adapter_name] = nn.Dropout(config.surm_dropout) if config.surm_dropout else nn.Identity()
+        self.reset_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
+        """Set an adapter to a zero and a random factor; with `init_weights=False` both are random and large."""
+        std = RANDOM_STD[self.surm_config[adapter_name].structure]
+        for factors, start in ((self.surm_first, 0.0), (self.surm_second, std)):
+            nn.init.normal_(factors[adapter_name].get_parameter("weight"), std=start if init_weights else 0.25)
+
+    def matrix_shape(self, adapter_name: str) -> tuple[int, int]:
+        """(out, in) of an adapter's structured matrix."""
+        in_lora_place = self.surm_config[adapter_name].place == "lora"
+        return self.out_features, self.in_features if in_lora_place else self.out_features
+
+    def structured(self, function: str, adapter_name: str, *args: Any) -> torch.Tensor:
+        """Call `structures.<structure>_<function>` with the adapter's factors."""
+        config = self.surm_config[adapter_name]
+        options = {"symmetric": config.symmetric} if config.structure == "toeplitz" else {}
+        return getattr(structures, f"{config.structure}_{function}")(*args, **options)
+
+    def product(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """`alpha x dW^T` with dropout on x: (..., in) to (..., out)."""
+        config, x = self.surm_config[adapter_name], self.surm_dropout[adapter_name](x)
+        factors = self.surm_first[adapter_name](), self.surm_second[adapter_name]()
+        return config.alpha * self.structured("matmul", adapter_name, x, *factors, self.out_features)
+
+    def matrix(self, adapter_name: str) -> torch.Tensor:
+        """`alpha dW` (out, in), detached, in fp32 or wider."""
+        factors = [scales[adapter_name]().detach() for scales in (self.surm_first, self.surm_second)]
+        factors = [factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in factors]
+        dense = self.structured("dense", adapter_name, *factors, *self.matrix_shape(adapter_name))
+        return self.surm_config[adapter_name].alpha * dense
+
+    def __repr__(self) -> str:
+        return "surm." + super().__repr__()
+
+
+class Linear(SurmLayer):
+    """SURM of `nn.Linear`, transformers' `Conv1D` and every quantized linear layer PEFT knows. (..., in) -> (..., out).
+
+    In LoRA's place an adapter makes the weight `W + alpha dW`, and several add. In an adapter's place it makes the
+    output X the output `X + gelu(alpha X S) + b`, and several follow each other, after those in LoRA's place.
+    """
+
+    def adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        names = [name for name in self.active_adapters if name in self.surm_config]
+        for name in sorted(names, key=lambda name: self.surm_config[name].place == "adapter"):
+            result = self.add_update(result, x, name)
+        return result
+
+    def mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs).clone()
+        for name in dict.fromkeys(adapter_names):
+            if name in self.surm_config:
+                rows = [i for i, other in enumerate(adapter_names) if other == name]
+                result[rows] = self.add_update(result[rows], x[rows], name)
+        return result
+
+    def add_update(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """Return the output `result` for the input `x` with one adapter's update, in its dtype."""
+        if self.surm_config[adapter_name].place == "lora":
+            return result + self.product(x, adapter_name).to(result.dtype)
+        update = F.gelu(self.product(result, adapter_name)) + self.surm_bias[adapter_name]()
+        return result + update.to(result.dtype)
+
+    def adapted_weight(self, weight: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        for name in adapter_names:
+            update = self.matrix(name).to(weight)
+            weight = weight + (update.T if isinstance(self.get_base_layer(), Conv1D) else update)
+        return weight
+
+    def check_mergeable(self, adapter_name: str) -> None:
+        if self.surm_config[adapter_name].place == "adapter":
+            raise ValueError(
+                f"The adapter {adapter_name} cannot be merged: with place='adapter' it computes gelu of a product after "
+                "the layer, which is not linear, so no weight of the base layer can hold it."
+            )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return all(config.place == "lora" for config in self.surm_config.values())

@@ -1,0 +1,137 @@
+"""The SURM tuner."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Optional, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import resolve_quantization_backend
+from torch import nn
+from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from ..common import TargetModel
+from ..common.experts import fused_targets
+from .config import SurmConfig
+from .layer import Linear, SurmLayer
+from .nearest import nearest
+
+
+# What transformers' architectures call them. In LoRA's place the paper adapts query, key and value; in an adapter's
+# place it follows Houlsby et al. 2019: after the last projection of attention and of the feed-forward block.
+DEFAULT_TARGETS = {
+    "lora": (
+        "query", "key", "value", "query_proj", "key_proj", "value_proj", "q_proj", "k_proj", "v_proj", "q_lin",
+        "k_lin", "v_lin", "q", "k", "v", "c_attn", "in_proj", "qkv", "qkv_proj", "query_key_value", "Wqkv",
+    ),
+    "adapter": (
+        "o_proj", "out_proj", "out_lin", "o", "wo", "Wo", "c_proj", "down_proj", "fc2", "fc_out", "lin2", "ffn_output",
+        "dense_4h_to_h", "attention.dense", "self_attention.dense", "self_attn.dense", "output.dense", "output_dense",
+    ),
+}  # fmt: skip
+
+
+class SurmModel(TargetModel):
+    """Adapts a model by SURM: structured unrestricted-rank matrices in LoRA's place or in an adapter's place.
+
+    Args:
+        model (`torch.nn.Module`): The model to be adapted.
+        config ([`SurmConfig`]): The configuration of the adapter.
+        adapter_name (`str`, defaults to `"default"`): The adapter's name.
+        low_cpu_mem_usage (`bool`, defaults to `False`): Create the factors on the meta device, to be loaded later.
+
+    Raises:
+        ValueError: If a target module is of a kind that is not supported, or `target_modules` is None and the model
+            has none of the usual names; the model is left as it was.
+
+    Example:
+
+        ```py
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForSequenceClassification
+        >>> from hyperadapt_peft import SurmConfig
+
+        >>> model = AutoModelForSequenceClassification.from_pretrained("FacebookAI/roberta-base")
+        >>> model = get_peft_model(model, SurmConfig(structure="circulant", task_type="SEQ_CLS"))
+        ```
+
+    Source: arXiv 2406.17740.
+    """
+
+    prefix = "surm_"
+    tuner_layer_cls = SurmLayer
+    supported_layers = "`torch.nn.Linear` (optionally quantized) and `transformers.pytorch_utils.Conv1D`"
+
+    @staticmethod
+    def layer_class_for(base_layer: nn.Module) -> Optional[type[SurmLayer]]:
+        if isinstance(base_layer, (nn.Linear, Conv1D)):
+            return Linear
+        backend = resolve_quantization_backend(base_layer, get_apply_tensor_subclass=lambda: None)
+        return Linear if backend is not None and backend.layer_type == "linear" else None
+
+    def default_targets(self, config: SurmConfig) -> set[str]:  # type: ignore[override]
+        endings = tuple(f".{name}" for name in DEFAULT_TARGETS[config.place])
+        inside = tuple(f"{key}." for key, m in self.model.named_modules() if isinstance(m, BaseTunerLayer))
+        names = {
+            key
+            for key, module in self.model.named_modules()
+            if f".{key}".endswith(endings)
+            and not key.startswith(inside)
+            and self.layer_class_for(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
+        }
+        if not names:
+            raise ValueError(
+                f"Please specify `target_modules`: this model has no module named as usual for place={config.place!r} "
+                f"({', '.join(DEFAULT_TARGETS[config.place])})."
+            )
+        return names
+
+    def _prepare_adapter_config(self, peft_config: SurmConfig, model_config: dict) -> SurmConfig:  # type: ignore[override]
+        targets = peft_config.target_modules
+        if targets is None:
+            targets = set(DEFAULT_TARGETS[peft_config.place])
+        fused = fused_targets(replace(peft_config, target_modules=targets), self.model)
+        if fused and not peft_config.inference_mode:
+            names = ", ".join(sorted(weight.name for weight in fused))
+            warnings.warn(f"Not adapted, because these parameters of fused experts are no layers: {names}")
+        super()._prepare_adapter_config(peft_config, model_config)
+        return peft_config
+
+    def init_from_updates(
+        self, updates: Mapping[str, torch.Tensor], adapter_name: str = "default", progress: bool = False
+    ) -> dict[str, float]:
+        """Start an adapter in LoRA's place from the structured matrices nearest to given updates.
+
+        Args:
+            updates (`Mapping[str, torch.Tensor]`):
+                Module name -> the matrix dW (out, in) to approximate, for instance what another adapter's
+                `get_delta_weight` gives. Modules that are not named keep their factors.
+            adapter_name (`str`, defaults to `"default"`): The adapter.
+            progress (`bool`, defaults to `False`): Show a bar.
+
+        Returns:
+            Module name -> the relative error of the approximation, in the Frobenius norm. It tells which structure
+            suits an update.
+
+        Raises:
+            ValueError: If a module has no such adapter in LoRA's place, or an update has the wrong shape or is not
+                finite. Nothing has changed then.
+        """
+        found = {}
+        for name, update in tqdm(updates.items(), disable=not progress, desc="nearest"):
+            layer = dict(self.model.named_modules()).get(name)
+            config = layer.surm_config.get(adapter_name) if isinstance(layer, SurmLayer) else None
+            if layer is None or config is None or config.place != "lora" or config.alpha == 0:
+                raise ValueError(f"{name} has no adapter {adapter_name} in LoRA's place.")
+            if tuple(update.shape) != layer.matrix_shape(adapter_name):
+                raise ValueError(f"{name} needs {layer.matrix_shape(adapter_name)}, got {tuple(update.shape)}.")
+            found[name] = nearest(update / config.alpha, config.structure, rank=config.r, symmetric=config.symmetric)
+        for name, result in found.items():
+            layer = cast(SurmLayer, self.model.get_submodule(name))
+            for factors, value in zip((layer.surm_first, layer.surm_second), result.factors, strict=True):
+                factors[adapter_name].get_parameter("weight").data.copy_(value)
+        return {name: result.error for name, result in found.items()}

@@ -1,0 +1,68 @@
+"""Every method measured once on a tiny model."""
+
+import json
+
+import pytest
+from transformers import LlamaConfig
+
+from hyperadapt_peft.cli import bench
+from hyperadapt_peft.cli.main import main
+from hyperadapt_peft.cli.plan import plan
+
+from .. import tiny
+
+
+def test_all_methods_are_measured(tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text(LlamaConfig(**tiny.SIZES, num_key_value_heads=2).to_json_string())
+    output = tmp_path / "out"
+    options = ["--batch-size", "3", "--sequence-length", "12"]
+    assert main(["bench", "--model", str(config), *options, "--rounds", "2", "--output-dir", str(output)]) == 0
+    assert (output / "bench.md").read_text() in capsys.readouterr().out
+    assert (output / "bench.png").stat().st_size > 1000
+
+    results = json.loads((output / "bench.json").read_text())
+    assert results["settings"]["sequence_length"] == 12
+    rows = {row["method"]: row for row in results["rows"]}
+    assert list(rows) == list(bench.METHODS)
+    for name, row in rows.items():
+        assert len(row["step_ratios"]) == 2 and row["step_ratio"] > 0 and row["step_seconds"] > 0
+        held = 8 if name == "full" else 12  # two moments of each trained number, and an adapter's own numbers
+        assert row["peak_bytes"] > row["saved_bytes"] + held * row["trainable"] > 0
+        if name == "frozen":
+            assert row["trainable"] == 0 and row["adapter_bytes"] is None and row["step_ratios"] == [1, 1]
+            continue
+        assert row["trainable"] > 0 and row["adapter_bytes"] > 4 * row["trainable"] * (name != "dora-r8")
+        merged = (row["merge_seconds"], row["load_seconds"])
+        assert merged == (None, None) if name == "full" else min(merged) > 0
+
+    for name, row in rows.items():
+        section = bench.METHODS[name]
+        if name in ("full", "hyperadapt", "hyperadapt-save-memory", "lora-r8"):
+            if name == "lora-r8":
+                section = {**section, "target_modules": "all-linear"}
+            planned = plan(str(config), section, batch_size=3, sequence_length=12)
+            assert (row["trainable"], row["saved_bytes"]) == (planned.trainable, planned.activation_bytes)
+
+
+def test_only_the_methods_asked_for_beside_frozen(tmp_path):
+    config = tiny.build("bert")[0].config
+    config.save_pretrained(tmp_path)
+    results = bench.bench(
+        str(tmp_path), "sequence-classification", 2, 8, rounds=1, methods=["ia3"], output_dir=tmp_path / "out"
+    )
+    assert [row["method"] for row in results["rows"]] == ["frozen", "ia3"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--methods", "ia3", "lora"], "got 'lora'; the nearest valid name is 'lora-r8'"),
+        (["--rounds", "0"], "rounds: expected at least 1, got 0"),
+        (["--model", "./nowhere"], "model: no such directory"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_measured(arguments, message, tmp_path, capsys):
+    assert main(["bench", "--output-dir", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()

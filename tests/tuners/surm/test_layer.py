@@ -1,0 +1,264 @@
+"""SURM layers against dense algebra: both places, all structures, merge, several adapters, other PEFT methods."""
+
+import copy
+
+import pytest
+import torch
+from peft import C3AConfig, LoKrConfig, get_peft_model
+from torch import nn
+from torch.nn import functional as F
+from transformers import BertConfig, BertModel
+from transformers.pytorch_utils import Conv1D
+
+from hyperadapt_peft import SurmConfig
+from hyperadapt_peft.tuners.surm.structures import DENSE_UP_TO
+
+
+STRUCTURES = {
+    "circulant": {"structure": "circulant"},
+    "toeplitz": {"structure": "toeplitz"},
+    "toeplitz-general": {"structure": "toeplitz", "symmetric": False},
+    "kronecker": {"structure": "kronecker"},
+    "ldr": {"structure": "ldr", "r": 2},
+}
+WIDE = max(DENSE_UP_TO.values()) + 5  # products of both kinds, FFT and dense, are run
+LAYERS = {
+    "square": lambda: nn.Linear(7, 7),
+    "tall": lambda: nn.Linear(6, 9, bias=False),
+    "flat-conv1d": lambda: Conv1D(5, 8),
+    "wide": lambda: nn.Linear(WIDE, 12),
+}
+
+
+class Wrapper(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def adapt(layer_name, structure, dtype=torch.float64, **config):
+    torch.manual_seed(0)
+    layer = LAYERS[layer_name]().to(dtype)
+    config = SurmConfig(target_modules=["layer"], **STRUCTURES[structure], **{"init_weights": False, **config})
+    model = get_peft_model(Wrapper(copy.deepcopy(layer)), config, autocast_adapter_dtype=False).eval()
+    columns = layer.weight.shape[0] if isinstance(layer, Conv1D) else layer.weight.shape[1]
+    return layer, model, torch.randn(2, 3, columns, dtype=dtype)
+
+
+def matrix(model, name="default"):
+    return model.base_model.model.layer.matrix(name)
+
+
+@pytest.mark.parametrize("layer_name", LAYERS)
+@pytest.mark.parametrize("structure", STRUCTURES)
+class TestBothPlaces:
+    def test_lora_place_is_an_added_matrix(self, layer_name, structure):
+        layer, model, x = adapt(layer_name, structure, alpha=0.7)
+        expected = layer(x) + x @ matrix(model).T
+        assert not torch.allclose(expected, layer(x))
+        torch.testing.assert_close(model(x), expected)
+        before = model.base_model.model.layer.base_layer.weight.clone()
+        model.merge_adapter(safe_merge=True)
+        torch.testing.assert_close(model(x), expected)
+        model.unmerge_adapter()
+        assert torch.equal(model.base_model.model.layer.base_layer.weight, before)
+        merged = model.merge_and_unload()
+        assert type(merged.layer) is type(layer)
+        torch.testing.assert_close(merged(x), expected)
+
+    def test_adapter_place_is_a_gelu_layer_after_it(self, layer_name, structure):
+        layer, model, x = adapt(layer_name, structure, place="adapter", alpha=0.7)
+        model.base_model.model.layer.surm_bias["default"].weight.data.normal_()
+        out = layer(x)
+        expected = out + F.gelu(out @ matrix(model).T) + model.base_model.model.layer.surm_bias["default"].weight
+        torch.testing.assert_close(model(x), expected)
+        for call in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(ValueError, match="default cannot be merged.*not linear"):
+                call()
+        assert torch.equal(model.unload()(x), out)
+
+    @pytest.mark.parametrize("place", ["lora", "adapter"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_identity_at_start_and_gradients_flow(self, layer_name, structure, place, dtype):
+        layer, model, x = adapt(layer_name, structure, dtype, place=place, init_weights=True)
+        assert torch.equal(model(x), layer(x))
+        model(x).square().sum().backward()
+        assert model.base_model.model.layer.surm_first["default"].weight.grad.abs().sum() > 0
+
+    @pytest.mark.parametrize("place", ["lora", "adapter"])
+    def test_gradcheck(self, layer_name, structure, place):
+        _, model, x = adapt(layer_name, structure, place=place)
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert len(names) == (2 if place == "lora" else 3)
+        values = [model.get_parameter(name).detach().clone().requires_grad_() for name in names]
+
+        def run(x, *values):
+            return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,))
+
+        assert torch.autograd.gradcheck(run, (x.requires_grad_(), *values), fast_mode=True)
+
+
+def test_several_adapters_add_and_then_those_in_an_adapter_s_place_follow():
+    layer, model, x = adapt("square", "circulant")
+    model.add_adapter("after", SurmConfig(target_modules=["layer"], place="adapter", init_weights=False))
+    model.add_adapter("second", SurmConfig(target_modules=["layer"], structure="ldr", init_weights=False))
+    model.double()
+    model.base_model.set_adapter(["after", "default", "second"])
+    inner = layer(x) + x @ (matrix(model) + matrix(model, "second")).T
+    torch.testing.assert_close(model(x), inner + F.gelu(inner @ matrix(model, "after").T))
+    model.merge_adapter(["default", "second"])  # what can be merged is, though another adapter cannot
+    model.unmerge_adapter()
+    with pytest.raises(ValueError, match="after cannot be merged"):
+        model.merge_adapter()
+    assert model.get_model_status().merged_adapters == []
+
+
+def test_mixed_batch_is_each_sample_s_own_adapter():
+    _, model, x = adapt("square", "toeplitz")
+    model.add_adapter("other", SurmConfig(target_modules=["layer"], place="adapter", init_weights=False))
+    model.double().eval()
+    names = ["other", "__base__", "default", "other"]
+    x = torch.randn(4, 3, 7, dtype=torch.float64)
+    mixed = model(x, adapter_names=names)
+    for i, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                alone = model(x[i : i + 1])
+        else:
+            model.set_adapter(name)
+            alone = model(x[i : i + 1])
+        torch.testing.assert_close(mixed[i : i + 1], alone)
+
+
+def test_dropout_acts_in_training_only_and_follows_the_mode():
+    _, model, x = adapt("square", "circulant", surm_dropout=0.5)
+    assert torch.equal(model(x), model(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+    base = Wrapper(nn.Linear(4, 4)).eval()
+    layer = get_peft_model(base, SurmConfig(target_modules=["layer"], surm_dropout=0.5)).base_model.model.layer
+    assert not any(module.training for module in layer.modules())
+
+
+def test_autocast_and_compile_and_checkpointing_agree():
+    _, model, x = adapt("wide", "ldr", torch.float32)
+    expected = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    assert y.dtype is torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, rtol=3e-2, atol=3e-2)
+    compiled = torch.compile(model.get_base_model(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    checkpointed = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+    grads = [torch.autograd.grad(y.sum(), model.base_model.model.layer.surm_first["default"].weight)[0]
+             for y in (model(x), checkpointed, compiled(x))]  # fmt: skip
+    torch.testing.assert_close(grads[1], grads[0])
+    torch.testing.assert_close(grads[2], grads[0])
+
+
+def bert_base():
+    with torch.device("meta"):
+        return BertModel(BertConfig())  # 12 layers, width 768
+
+
+@pytest.mark.parametrize(
+    "config, trained",
+    [
+        ({}, 55_296),
+        ({"structure": "toeplitz"}, 55_296),
+        ({"structure": "kronecker"}, 55_296),
+        ({"target_modules": ["query", "value"]}, 36_864),
+        ({"structure": "ldr", "r": 4}, 4 * 55_296),
+    ],
+    ids=str,
+)
+def test_the_paper_s_parameter_counts(config, trained):
+    model = get_peft_model(bert_base(), SurmConfig(**config), low_cpu_mem_usage=True)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
+
+
+def test_houlsby_sites_are_the_default_of_the_adapter_place():
+    model = get_peft_model(bert_base(), SurmConfig(place="adapter"), low_cpu_mem_usage=True)
+    names = model.targeted_module_names
+    assert len(names) == 24
+    assert all(name.endswith(("attention.output.dense", ".output.dense")) for name in names)
+    assert model.peft_config["default"].target_modules  # saved by name
+
+
+def test_circulant_is_c3a_with_one_block():
+    """C3A's kernel w is the first row of n dW: our first column is w[-i mod n] / n."""
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 8, bias=False)
+    c3a = get_peft_model(Wrapper(copy.deepcopy(layer)), C3AConfig(target_modules=["layer"], block_size=8))
+    kernel = torch.randn(8)
+    c3a_layer = c3a.base_model.model.layer
+    next(iter(c3a_layer.c3a_kernel.values())).data.copy_(kernel.reshape(1, 1, 8))
+    surm = get_peft_model(Wrapper(copy.deepcopy(layer)), SurmConfig(target_modules=["layer"]))
+    ours = surm.base_model.model.layer
+    ours.surm_first["default"].weight.data.copy_(kernel[-torch.arange(8) % 8] / 8)
+    ours.surm_second["default"].weight.data.fill_(1)
+    torch.testing.assert_close(ours.get_delta_weight("default"), c3a_layer.get_delta_weight("default"))
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(ours(x), c3a_layer(x))
+
+
+def test_kronecker_is_lokr():
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 16, bias=False)
+    config = LoKrConfig(target_modules=["layer"], r=8, alpha=8, decompose_factor=4)
+    lokr = get_peft_model(Wrapper(copy.deepcopy(layer)), config).base_model.model.layer
+    surm = get_peft_model(
+        Wrapper(copy.deepcopy(layer)), SurmConfig(target_modules=["layer"], structure="kronecker")
+    ).base_model.model.layer
+    for theirs, ours in ((lokr.lokr_w1, surm.surm_first), (lokr.lokr_w2, surm.surm_second)):
+        theirs["default"].data.normal_()
+        ours["default"].weight.data.copy_(theirs["default"])
+    torch.testing.assert_close(surm.get_delta_weight("default"), lokr.get_delta_weight("default"))
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"structure": "hankel"}, "`structure` must be one of 'circulant', 'toeplitz', 'kronecker', 'ldr'"),
+        ({"place": "attention"}, "`place` must be one of 'lora', 'adapter'"),
+        ({"r": 2}, "displacement rank of structure='ldr'"),
+        ({"r": 0, "structure": "ldr"}, "`r` must be a positive integer"),
+        ({"alpha": float("nan")}, "`alpha` must be a finite number"),
+        ({"surm_dropout": 1.0}, r"`surm_dropout` must be in \[0, 1\)"),
+        ({"symmetric": "yes"}, "`symmetric` must be one of True, False"),
+    ],
+    ids=str,
+)
+def test_config_fields_are_checked(config, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        SurmConfig(**config)
+
+
+def test_unknown_names_and_layers_are_refused():
+    with pytest.raises(ValueError, match="specify `target_modules`.*q_proj"):
+        get_peft_model(Wrapper(nn.Linear(4, 4)), SurmConfig())
+    with pytest.raises(ValueError, match="layer is not supported.*Conv2d.*adapts `torch.nn.Linear`"):
+        get_peft_model(Wrapper(nn.Conv2d(4, 4, 1)), SurmConfig(target_modules=["layer"]))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_init_from_updates_recovers_a_structured_update(structure):
+    _, teacher, x = adapt("square", structure)
+    _, model, _ = adapt("square", structure, alpha=0.5)
+    before = model.base_model.model.layer.surm_first["default"].weight.clone()
+    for wrong, message in (
+        ({"layer": torch.zeros(2, 2)}, "needs"),
+        ({"other": matrix(teacher)}, "no adapter default"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.init_from_updates(wrong)
+    assert torch.equal(model.base_model.model.layer.surm_first["default"].weight, before)
+    errors = model.init_from_updates({"layer": matrix(teacher)})
+    difference = (matrix(model) - matrix(teacher)).norm() / matrix(teacher).norm()
+    assert abs(errors["layer"] - difference.item()) < 1e-6
+    if not structure.startswith("toeplitz"):  # a product of two: a local minimum
+        assert difference < 1e-6
+        torch.testing.assert_close(model(x), teacher(x))
