@@ -10,7 +10,7 @@ export MALLOC_TRIM_THRESHOLD_ := 8000000000
 export MALLOC_TOP_PAD_ := 268435456
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test lint conformance compatibility clean
+.PHONY: quickstart test lint conformance compatibility dist clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,11 +29,16 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-conformance: $(VENV)/.ready  ## all of PEFT's own test-suite that applies, beside LoRA and IA3
-	$(BIN)/python -m tests.conformance --method hyperadapt surm lora ia3 -n 2
+conformance: $(VENV)/.ready  ## all of PEFT's own test-suite that applies, beside LoRA and IA3; PEFT_SOURCE=DIR takes another PEFT
+	$(if $(PEFT_SOURCE),$(BIN)/python -m pip install --quiet $(PEFT_SOURCE))
+	$(BIN)/python -m tests.conformance --method hyperadapt surm lora ia3 -n 2 $(if $(PEFT_SOURCE),--source $(PEFT_SOURCE))
 
 compatibility: $(VENV)/.ready  ## a part of the tests under the oldest and newest versions, each downloaded
 	$(BIN)/python -m tests.compatibility
 
+dist: $(VENV)/.ready  ## the wheel and the source distribution
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build --outdir dist
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info

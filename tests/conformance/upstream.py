@@ -190,7 +190,11 @@ def digest(*paths: Path) -> str:
 
 
 def fetch() -> Path:
-    """Return the untouched `tests` directory of the installed PEFT's source distribution, fetched through pip."""
+    """Return PEFT's untouched `tests` directory: of the source tree `PEFT_SOURCE`, or of the installed release's
+    source distribution, fetched through pip.
+    """
+    if source := os.environ.get("PEFT_SOURCE"):
+        return Path(source) / "tests"
     release = version("peft")
 
     def build(target: Path) -> None:
