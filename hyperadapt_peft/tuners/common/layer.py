@@ -38,6 +38,7 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         )
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.scaling: dict[str, float] = {}  # each adapter's strength; sub-classes have it in `other_param_names`
         self._state_before_merge: Any = None
         self.cast_input_dtype_enabled = True  # read by peft.helpers.disable_input_dtype_casting
         _refuse_tensor_parallel(self.get_base_layer(), self.parameter_name)
@@ -70,6 +71,23 @@ class TargetLayer(nn.Module, BaseTunerLayer):
                     if parameter.requires_grad != trained and parameter.is_leaf:
                         parameter.requires_grad_(trained)
         self._active_adapter = names
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's strength: 0 is the base layer, 1 the adapter as trained. Nothing if it is not on this layer."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the active adapters' strengths by `scale`."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: Optional[float] = None) -> None:
+        """Divide the active adapters' strengths by `scale`, or with None set them to 1 again."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
 
     def adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output with the active adapters."""

@@ -138,6 +138,26 @@ class TargetModel(BaseTuner):
         set_adapter(outside, adapter_name, inference_mode=inference_mode, layer_cls=self.tuner_layer_cls)
         self.active_adapter = adapter_name
 
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Use an adapter at another strength: 0 is the base model, 1 the adapter as trained.
+
+        The strength holds for forward and merging; it is not saved.
+
+        Args:
+            adapter_name (`str`): The adapter.
+            scale (`float`): Its strength, of any sign.
+
+        Raises:
+            ValueError: If the adapter is unknown, or merged.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} not found, available adapters: {sorted(self.peft_config)}")
+        layers = [layer for layer in modules_around_adapters(self.model) if isinstance(layer, TargetLayer)]
+        if any(adapter_name in layer.merged_adapters for layer in layers):
+            raise ValueError(f"The adapter {adapter_name} is merged; call `unmerge_adapter` first.")
+        for layer in layers:
+            layer.set_scale(adapter_name, scale)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)

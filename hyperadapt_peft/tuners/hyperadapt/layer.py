@@ -51,13 +51,12 @@ class HyperAdaptLayer(TargetLayer):
     """
 
     adapter_layer_names = ("hyperadapt_row", "hyperadapt_column")
-    other_param_names = ("hyperadapt_strength", "hyperadapt_save_memory")
+    other_param_names = ("scaling", "hyperadapt_save_memory")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: HyperAdaptConfig, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
         self.hyperadapt_row = nn.ModuleDict()
         self.hyperadapt_column = nn.ModuleDict()
-        self.hyperadapt_strength: dict[str, float] = {}
         self.hyperadapt_save_memory: dict[str, bool] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
@@ -77,7 +76,7 @@ class HyperAdaptLayer(TargetLayer):
 
     def update_layer(self, adapter_name: str, config: HyperAdaptConfig) -> None:
         """Add an adapter, at the identity unless `config.init_weights` is False."""
-        self.hyperadapt_strength[adapter_name] = 1.0
+        self.scaling[adapter_name] = 1.0
         self.hyperadapt_save_memory[adapter_name] = config.save_memory
         if config.sides != "column":
             self.hyperadapt_row[adapter_name] = Scale(*self.stack_shape, self.num_rows)
@@ -92,11 +91,6 @@ class HyperAdaptLayer(TargetLayer):
         for scales in (self.hyperadapt_row, self.hyperadapt_column):
             if adapter_name in scales:
                 nn.init.normal_(scales[adapter_name].get_parameter("weight"), std=0.0 if init_weights else 0.3)
-
-    def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Set an adapter's strength s: its scales `1 + d` count as `1 + s d`."""
-        if adapter_name in self.hyperadapt_strength:
-            self.hyperadapt_strength[adapter_name] = scale
 
     def get_offsets(self, adapter_name: str) -> Offsets:
         """Return an adapter's offsets from 1 of rows (n,) and columns (m,), detached; None where it has none."""
@@ -125,7 +119,7 @@ class HyperAdaptLayer(TargetLayer):
 
     def offset(self, scales: nn.ModuleDict, adapter_name: str) -> torch.Tensor:
         """Return one adapter's offset from 1 at its strength, (size,)."""
-        strength = self.hyperadapt_strength[adapter_name]
+        strength = self.scaling[adapter_name]
         return scales[adapter_name]() if strength == 1 else strength * scales[adapter_name]()
 
     def active_offset(self, scales: nn.ModuleDict) -> Optional[torch.Tensor]:

@@ -160,26 +160,6 @@ class HyperAdaptModel(TargetModel):
             [adapter], adapter_name, lambda offsets: (algebra.invert(offsets[0][0]), algebra.invert(offsets[0][1]))
         )
 
-    def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Use an adapter at another strength: its scales `1 + d` become `1 + scale * d`.
-
-        0 is the base model, 1 the adapter as trained, -1 its negation. The strength holds for forward and merging; it
-        is not saved: to keep it, make a new adapter by `add_weighted_adapter([adapter_name], [scale], ...)`.
-
-        Args:
-            adapter_name (`str`): The adapter.
-            scale (`float`): Its strength.
-
-        Raises:
-            ValueError: If the adapter is unknown, or merged.
-        """
-        self._check_adapters([adapter_name])
-        layers = [layer for layer in self.modules() if isinstance(layer, HyperAdaptLayer)]
-        if any(adapter_name in layer.merged_adapters for layer in layers):
-            raise ValueError(f"The adapter {adapter_name} is merged; call `unmerge_adapter` first.")
-        for layer in layers:
-            layer.set_scale(adapter_name, scale)
-
     def _check_adapters(self, adapters: list[str]) -> None:
         if unknown := [name for name in adapters if name not in self.peft_config]:
             raise ValueError(f"Adapter(s) {unknown} not found, available adapters: {sorted(self.peft_config)}")
