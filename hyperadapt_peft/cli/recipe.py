@@ -14,8 +14,6 @@ from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import TrainingArguments
 
-from hyperadapt_peft import embedded
-
 from .data import Data, check_source
 from .errors import RecipeError, first_line, nearest
 from .tasks import TASKS, Task
@@ -30,7 +28,7 @@ class Model:
     """The `model` section.
 
     Args:
-        name: a Hub id, a local directory, or `embedded:<asset>`.
+        name: a Hub id or a local directory.
         revision: the revision on the Hub.
         dtype: of the weights; `auto` is what the checkpoint holds.
         config: what differs from the model's own config in training, such as `hidden_dropout_prob: 0.0`.
@@ -42,7 +40,7 @@ class Model:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_source("model.name", self.name, embedded.MODELS)
+        check_source("model.name", self.name)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,6 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, EvalPrediction, PretrainedConfig, PreTrainedModel, Trainer, set_seed
 
-from hyperadapt_peft import embedded
-
 from .data import load_splits, local_path
 from .errors import RecipeError, attempt, first_line, nearest
 from .recipe import Recipe
@@ -53,7 +51,7 @@ def train(
     if earlier and not (resume or overwrite or checkpoint):
         raise RecipeError(f"training.output_dir: {output} holds an earlier run; pass --resume or --overwrite")
     with recipe.arguments.main_process_first():  # which downloads and encodes; the others read its caches
-        source = attempt("model.name", lambda: local_path(recipe.model.name))
+        source = local_path(recipe.model.name)
         if changes := recipe.model.config:  # checked before the data, which may take long
             load = partial(AutoConfig.from_pretrained, source, revision=recipe.model.revision)
             _change(attempt("model.name", load), changes)
@@ -104,7 +102,7 @@ def train(
 
 def evaluate(recipe: Recipe, model: PreTrainedModel | PeftModel) -> dict[str, dict[str, float]]:
     """Split -> loss and metrics of a model on the recipe's data, which is encoded for the recipe's model."""
-    source = attempt("model.name", lambda: local_path(recipe.model.name))
+    source = local_path(recipe.model.name)
     prepared = _prepare(recipe, source)
     return _evaluate(_trainer(recipe, model, prepared), prepared)
 
@@ -112,12 +110,9 @@ def evaluate(recipe: Recipe, model: PreTrainedModel | PeftModel) -> dict[str, di
 def dry_run(recipe: Recipe) -> str:
     """The resolved recipe as YAML, and how much it would train if the model's config is on this machine."""
     text = yaml.safe_dump(recipe.resolved, sort_keys=False)
-    name = recipe.model.name
-    source = (
-        str(embedded.directory(name.removeprefix("embedded:"))) if name.startswith("embedded:") else local_path(name)
-    )
+    name, revision = recipe.model.name, recipe.model.revision
     try:
-        config = AutoConfig.from_pretrained(source, revision=recipe.model.revision, local_files_only=True)
+        config = AutoConfig.from_pretrained(local_path(name), revision=revision, local_files_only=True)
     except (OSError, ValueError):
         return text + f"# parameters not counted: {name} is not on this machine\n"
     _change(config, recipe.model.config)

@@ -19,9 +19,8 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 
 @pytest.fixture(autouse=True)
 def private_caches(tmp_path_factory, monkeypatch):
-    """Keep the caches of datasets and of the embedded assets out of the user's home."""
+    """Keep the cache of datasets out of the user's home."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
-    monkeypatch.setenv("HYPERADAPT_CACHE", str(tmp_path_factory.mktemp("embedded")))
 
 
 def save_tokenizer(directory: Path) -> None:

