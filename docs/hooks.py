@@ -1,0 +1,214 @@
+"""What the pages take from the committed results: `{{ name(arguments) }}` in a page becomes a table or a number."""
+
+import ast
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+KINDS = ("numerical", "effective", "stable")
+# Student's t for a 95 % interval, by degrees of freedom
+T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+CALL = re.compile(r"\{\{ (\w+)\((.*?)\) \}\}")
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the committed plots to the site, as `results/plots/<directory>-<name>.png`."""
+    from mkdocs.structure.files import File
+
+    for plot in sorted(RESULTS.rglob("*.png")):
+        name = "-".join(plot.relative_to(RESULTS).parts)
+        files.append(File.generated(config, f"results/plots/{name}", abs_src_path=str(plot)))
+    return files
+
+
+def on_page_markdown(markdown: str, **kwargs: Any) -> str:
+    """Fill in a page's tables and numbers."""
+    return fill(markdown)
+
+
+def fill(markdown: str) -> str:
+    """Replace each `{{ name(arguments) }}` by what the function of that name returns."""
+    return CALL.sub(lambda call: str(FUNCTIONS[call[1]](*ast.literal_eval(f"({call[2]},)" if call[2] else "()"))), markdown)
+
+
+def read(name: str) -> Any:
+    """The content of a JSON file of the results."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """A Markdown table whose columns after the first `left` are aligned to the right."""
+    rule = ["---" if i < left else "---:" for i in range(len(header))]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [header, rule, *rows])
+
+
+def comparison(name: str) -> str:
+    """Methods of one task: mean and standard error over seeds, in percent."""
+    rows = read(f"{name}/comparison")
+    return table(
+        ["method", "trained outside the head", "learning rate", "seeds", "validation, %", "test, %"],
+        [
+            [r["method"], f"{r['trainable_outside_head']:,}", f"{r['learning_rate']:g}", len(r["test"])]
+            + [mean_and_error(r[split]) for split in ("validation", "test")]
+            for r in rows
+        ],
+    )
+
+
+def mean_and_error(scores: list[float]) -> str:
+    """`82.5 ± 0.1`: mean and standard error of shares, in percent."""
+    mean = f"{100 * statistics.mean(scores):.1f}"
+    return f"{mean} ± {100 * statistics.stdev(scores) / len(scores) ** 0.5:.1f}" if len(scores) > 1 else mean
+
+
+def sweep(name: str) -> str:
+    """What each learning rate gave on validation with the first seed."""
+    lines = []
+    for row in read(f"{name}/comparison"):
+        scores = sorted(row["sweep"].items(), key=lambda pair: float(pair[0]))
+        lines.append([row["method"], ", ".join(f"{float(rate):g}: {100 * score:.1f}" for rate, score in scores)])
+    return table(["method", "learning rate: validation, %"], lines, left=2)
+
+
+def paired(name: str, *references: str) -> str:
+    """Differences on test to other methods, seed by seed, with a 95 % interval, in points."""
+    scores = {row["method"]: row["test"] for row in read(f"{name}/comparison")}
+    lines = []
+    for method, ours in scores.items():
+        cells = []
+        for reference in references:
+            differences = [100 * (a - b) for a, b in zip(ours, scores[reference], strict=False)]
+            count = len(differences)
+            if method == reference or count < 2:
+                cells.append("")
+                continue
+            half = T95[count - 1] * statistics.stdev(differences) / count**0.5
+            cells.append(f"{statistics.mean(differences):+.1f} ± {half:.1f}")
+        lines.append([method, *cells])
+    return table(["method", *(f"beside {reference}, points" for reference in references)], lines)
+
+
+def bench(name: str = "bench/bench") -> str:
+    """Speed and memory of a training step."""
+    mebi = 2**20
+    rows = read(name)["rows"]
+    counted = "training_kernels" in rows[0]
+    header = ["method", "step, x frozen", "kept for backward, MiB", "peak, MiB", "trained", "saved, bytes"]
+    lines = []
+    for row in rows:
+        line = [row["method"], f"{row['step_ratio']:.2f}", f"{row['saved_bytes'] / mebi:.0f}"]
+        line += [f"{row['peak_bytes'] / mebi:.0f}", f"{row['trainable']:,}"]
+        line.append(f"{row['adapter_bytes']:,}" if row["adapter_bytes"] else "")
+        if counted:
+            line += [row.get(key, "") for key in ("inference_kernels", "training_kernels", "syncs")]
+        lines.append(line)
+    return table(header + ["kernels, inference", "kernels, training", "host syncs"] * counted, lines)
+
+
+def conformance() -> str:
+    """PEFT's own tests by method."""
+    results = read("conformance")
+    names = {"hyperadapt": "HyperAdapt", "surm": "SURM", "lora": "LoRA", "ia3": "IA3"}
+    lines = [[key, *(f"{results[m]['all'].get(key, 0):,}" for m in results)] for key in ("passed", "failed", "skipped")]
+    return table(["", *(names.get(method, method) for method in results)], lines)
+
+
+def skips(method: str) -> str:
+    """Why tests of a method were skipped, and how many for each reason."""
+    reasons = sorted(read("conformance")[method]["skipped"].items(), key=lambda pair: -pair[1])
+    return table(["reason", "tests"], [[reason.replace("|", "\\|"), f"{count:,}"] for reason, count in reasons])
+
+
+def fuzz(outcome: str) -> str:
+    """How many mutated adapter files were `loaded`, or `refused`."""
+    outcomes = read("fuzz")["outcomes"]
+    return f"{sum(count for key, count in outcomes.items() if f': {outcome}' in key):,}"
+
+
+def value(name: str, *path: str | int) -> str:
+    """One number of a JSON file of the results, found by its keys."""
+    found = read(name)
+    for key in path:
+        found = found[key]
+    return f"{found:,}" if isinstance(found, int) else f"{found:.3g}" if isinstance(found, float) else str(found)
+
+
+def versions() -> str:
+    """The environments in which a part of the tests ran."""
+    keys = ("python", "torch", "transformers", "peft", "passed")
+    lines = [[row.get(key, "") for key in keys] for row in read("compatibility")["rows"]]
+    return table(["Python", "torch", "transformers", "PEFT", "tests passed"], lines, left=4)
+
+
+def forgetting() -> str:
+    """Next-token accuracy on sentences after training on sums, beside the sums' own score."""
+    lines = []
+    for method, rates in read("forgetting").items():
+        if method == "untrained":
+            lines.append([method, "", f"{100 * statistics.mean(rates['sentences']):.1f}", ""])
+            continue
+        for rate, scores in rates.items():
+            means = [f"{100 * statistics.mean(scores[key]):.1f}" for key in ("sentences", "sums")]
+            lines.append([method, f"{float(rate):g}", *means])
+    return table(["method", "learning rate", "sentences, %", "sums, %"], lines)
+
+
+def ranks() -> str:
+    """Numerical, effective and stable rank of trained updates, as shares of full rank."""
+    lines = []
+    for label, report in read("ranks/ranks").items():
+        shares = [[e[f"{kind}_rank"] / e["full_rank"] for e in report.values()] for kind in KINDS]
+        lines.append([label, *(f"{min(s):.1%} ({statistics.mean(s):.1%})" for s in shares)])
+    return table(["method", *(f"{kind} rank, of full: least (mean)" for kind in KINDS)], lines)
+
+
+def approximation() -> str:
+    """Which of the paper's orderings hold."""
+    orderings = read("surm_approximation")["orderings"]
+    rows = [[o["claim"], "yes" if o["holds"] else "no", o["numbers"]] for o in orderings]
+    return table(["claim of the paper", "holds", "errors"], rows, left=3)
+
+
+def mixed_batch() -> str:
+    """Every run of the benchmark of mixed batches, a column each."""
+    runs = read("mixed_batch")["runs"]
+    keys = dict.fromkeys(key for run in runs for key in run if key not in ("method", "loaded"))
+
+    def cell(found: Any) -> str:
+        return f"{found:,}" if isinstance(found, int) else f"{found:.3g}" if isinstance(found, float) else str(found)
+
+    header = ["", *(f"{run['method']}, {run['loaded']:,} loaded" for run in runs)]
+    return table(header, [[key, *(cell(run.get(key, "")) for run in runs)] for key in keys])
+
+
+def include(name: str) -> str:
+    """A page of the repository's top level; its links to files become code."""
+    text = (ROOT / name).read_text()
+    return re.sub(r"\[([^]]+)\]\((?!https?:)[^)]*\)", r"`\1`", text)
+
+
+def command_line() -> str:
+    """The help of every command."""
+    shown = []
+    for command in ("", "train", "compare", "bench", "plan", "inspect"):
+        line = [sys.executable, "-m", "hyperadapt_peft", *([command] if command else []), "--help"]
+        done = subprocess.run(line, capture_output=True, text=True, check=True, cwd=ROOT, env=os.environ | {"COLUMNS": "100"})
+        shown.append(f"## hyperadapt {command}\n\n```text\n{done.stdout.strip()}\n```")
+    return "\n\n".join(shown)
+
+
+FUNCTIONS = {
+    function.__name__: function
+    for function in (
+        approximation, bench, command_line, comparison, conformance, forgetting, fuzz, include, mixed_batch, paired, ranks,
+        skips, sweep, value, versions,
+    )
+}  # fmt: skip
