@@ -10,7 +10,7 @@ export MALLOC_TRIM_THRESHOLD_ := 8000000000
 export MALLOC_TOP_PAD_ := 268435456
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test lint conformance compatibility dist clean
+.PHONY: quickstart test lint conformance compatibility docs dist clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,9 @@ conformance: $(VENV)/.ready  ## all of PEFT's own test-suite that applies, besid
 
 compatibility: $(VENV)/.ready  ## a part of the tests under the oldest and newest versions, each downloaded
 	$(BIN)/python -m tests.compatibility
+
+docs: $(VENV)/.ready  ## the site, into build/site; a broken link or reference fails it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 dist: $(VENV)/.ready  ## the wheel and the source distribution
 	$(BIN)/python -m pip install --quiet build

@@ -33,7 +33,9 @@ def draw_product(axes) -> None:
         (8.2, 3, 3, True, "diag(b)"),
     ):
         bottom = 4 - height
-        axes.add_patch(Rectangle((left, bottom), width, height, facecolor="white" if diagonal else FROZEN, edgecolor="#555"))
+        axes.add_patch(
+            Rectangle((left, bottom), width, height, facecolor="white" if diagonal else FROZEN, edgecolor="#555")
+        )
         count = 8 if height == 4 else 6
         size = height / count
         for i in range(count if diagonal else 0):
@@ -50,7 +52,9 @@ def draw_spectra(axes, ranks: dict) -> None:
             share = np.arange(1, len(values) + 1) / entry["full_rank"]
             name = "LoRA r=8" if "LORA" in label.upper() else "HyperAdapt"
             axes.plot(share, values / values[0], color=colour, alpha=0.35, linewidth=1, label=None if i else name)
-    axes.set(yscale="log", ylim=(1e-4, 1.5), xlim=(0, 1), xlabel="place / full rank", ylabel="singular value / largest")
+    axes.set(
+        yscale="log", ylim=(1e-4, 1.5), xlim=(0, 1), xlabel="place / full rank", ylabel="singular value / largest"
+    )
     axes.set_title("trained updates", fontsize=11)
     legend = axes.legend(loc="lower center", frameon=False)
     for line in legend.get_lines():

@@ -36,7 +36,9 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
 
 def fill(markdown: str) -> str:
     """Replace each `{{ name(arguments) }}` by what the function of that name returns."""
-    return CALL.sub(lambda call: str(FUNCTIONS[call[1]](*ast.literal_eval(f"({call[2]},)" if call[2] else "()"))), markdown)
+    return CALL.sub(
+        lambda call: str(FUNCTIONS[call[1]](*ast.literal_eval(f"({call[2]},)" if call[2] else "()"))), markdown
+    )
 
 
 def read(name: str) -> Any:
@@ -117,7 +119,9 @@ def conformance() -> str:
     """PEFT's own tests by method."""
     results = read("conformance")
     names = {"hyperadapt": "HyperAdapt", "surm": "SURM", "lora": "LoRA", "ia3": "IA3"}
-    lines = [[key, *(f"{results[m]['all'].get(key, 0):,}" for m in results)] for key in ("passed", "failed", "skipped")]
+    lines = [
+        [key, *(f"{results[m]['all'].get(key, 0):,}" for m in results)] for key in ("passed", "failed", "skipped")
+    ]
     return table(["", *(names.get(method, method) for method in results)], lines)
 
 
@@ -200,7 +204,9 @@ def command_line() -> str:
     shown = []
     for command in ("", "train", "compare", "bench", "plan", "inspect"):
         line = [sys.executable, "-m", "hyperadapt_peft", *([command] if command else []), "--help"]
-        done = subprocess.run(line, capture_output=True, text=True, check=True, cwd=ROOT, env=os.environ | {"COLUMNS": "100"})
+        done = subprocess.run(
+            line, capture_output=True, text=True, check=True, cwd=ROOT, env=os.environ | {"COLUMNS": "100"}
+        )
         shown.append(f"## hyperadapt {command}\n\n```text\n{done.stdout.strip()}\n```")
     return "\n\n".join(shown)
 

@@ -142,7 +142,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a fixed part, about a minute")
     parser.add_argument("-n", type=int, default=0, metavar="N", help="number of processes")
     parser.add_argument("--table", type=Path, help="write counts and reasons to this JSON file")
-    parser.add_argument("--source", type=Path, help="PEFT's source tree, if not the installed release's from the index")
+    parser.add_argument(
+        "--source", type=Path, help="PEFT's source tree, if not the installed release's from the index"
+    )
     parser.add_argument("--files", nargs="+", default=FILES, help="upstream files, without .py")
     args, extra = parser.parse_known_args()
 

@@ -1,0 +1,86 @@
+"""README and documentation: their Python runs, their tables and numbers are those of the committed results."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+from transformers import RobertaConfig, RobertaForSequenceClassification
+
+from .tiny import SIZES, build
+
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+SPEC = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+assert SPEC is not None and SPEC.loader is not None
+hooks = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(hooks)
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A directory in which the pages' Hub ids are tiny local models."""
+    directory = tmp_path_factory.mktemp("hub")
+    build("llama")[0].save_pretrained(directory / "HuggingFaceTB/SmolLM2-135M")
+    RobertaForSequenceClassification(RobertaConfig(**SIZES)).save_pretrained(directory / "FacebookAI/roberta-base")
+    return directory
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in (README, *PAGES) if blocks(p, "python")], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_the_snippets_of_a_page_run_one_after_the_other(page, hub, monkeypatch):
+    monkeypatch.chdir(hub)
+    names: dict = {}
+    for snippet in blocks(page, "python"):
+        exec(compile(snippet, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_commands_that_a_page_names_exist(page):
+    text = page.read_text()
+    for name in re.findall(r"(?:configs|benchmarks|tests|docs)/[\w/.-]+\.(?:yaml|py|md|png)", text):
+        assert (ROOT / name).is_file(), name
+    for module in re.findall(r"python -m ((?:benchmarks|tests)[\w.]*)", text):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+
+
+def test_the_readme_is_a_page():
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 150
+    assert max(map(len, lines)) <= 120
+
+
+def test_the_pages_are_filled_from_the_results():
+    for page in PAGES:
+        if page.name != "command-line.md":
+            assert "{{" not in hooks.fill(page.read_text()), page
+
+
+def test_the_readmes_table_is_that_of_the_results():
+    rows = {row["method"]: row for row in hooks.read("text_classification/comparison")}
+    found = re.findall(r"^\| (.+?) \| ([\d,]+) \| ([\d.e-]+) \| (.+?) \|$", README.read_text(), re.MULTILINE)
+    assert len(found) >= 5
+    for method, trained, rate, test in found:
+        row = rows[method]
+        assert int(trained.replace(",", "")) == row["trainable_outside_head"], method
+        assert float(rate) == row["learning_rate"], method
+        assert test == hooks.mean_and_error(row["test"]), method
+
+
+def test_the_readmes_numbers_are_those_of_the_results():
+    text = re.sub(r"\s+", " ", README.read_text())
+    bench = {row["method"]: f"{row['step_ratio']:.2f}" for row in hooks.read("bench/bench")["rows"]}
+    assert f"a training step takes {bench['hyperadapt']} times" in text
+    assert f"(MiSS {bench['miss-r8']}, IA3 {bench['ia3']}, LoRA r=8 {bench['lora-r8']};" in text
+    quickstart = json.loads((ROOT / "benchmarks/results/quickstart/seed42-float32.json").read_text())
+    assert f"{quickstart['parameters']['trainable_outside_head']:,} trained parameters" in text
+    assert f"a file of {quickstart['adapter_bytes']:,} bytes" in text
