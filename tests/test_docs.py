@@ -40,7 +40,7 @@ def test_the_snippets_of_a_page_run_one_after_the_other(page, hub, monkeypatch):
     monkeypatch.chdir(hub)
     names: dict = {}
     for snippet in blocks(page, "python"):
-        exec(compile(snippet, str(page), "exec"), names)
+        exec(compile(snippet, str(page), "exec"), names)  # noqa: S102
 
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda p: str(p.relative_to(ROOT)))
