@@ -20,7 +20,7 @@ class BottleneckConfig(TargetConfig):
     """`r` is the width of the bottleneck."""
 
     r: int = 48
-    place: str = "adapter"  # read by SurmModel.default_targets
+    placement: str = "sequential"  # read by SurmModel.default_targets
 
     def __post_init__(self):
         self.peft_type = add_peft_type("BOTTLENECK")

@@ -6,7 +6,7 @@ Targets: 100 x 100 random, near-low-rank and near-low-intrinsic-rank matrices, a
 approximated with 50 numbers (Kronecker has none smaller than 100), after https://huggingface.co/papers/2406.17740.
 The paper's exact sampling is not known to us; ours is in `TARGETS`. The order on the positive semidefinite targets is
 that of its Figure 1; that LDR beats low rank with as many numbers is our hypothesis for the others. Each approximation
-is the nearest one of its class (hyperadapt_peft/surm/nearest.py) and low-rank matrices are the truncated SVD, the best
+is the nearest one of its class (hyperadapt_peft/tuners/surm/nearest.py) and low-rank matrices are the truncated SVD, the best
 there is: the comparison shows what a class can express, not how well some optimiser fits it. The numbers of a class are
 its degrees of freedom: n for a circulant matrix, although training holds a pair of vectors.
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hyperadapt_peft.tuners.surm.nearest import nearest
-from hyperadapt_peft.tuners.surm.structures import factor_shapes
+from hyperadapt_peft.tuners.surm.structures import LDR, Circulant, Kronecker, Toeplitz
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -75,18 +75,18 @@ def low_rank_error(target: Tensor, rank: int) -> float:
 
 def classes(n: int, psd: bool) -> dict[str, tuple[int, Callable[[Tensor], float]]]:
     """name: (degrees of freedom, error of the nearest)."""
-    kronecker = sum(torch.Size(shape).numel() for shape in factor_shapes("kronecker", n, n))
+    kronecker = sum(torch.Size(shape).numel() for shape in Kronecker().factor_shapes(n, n))
     found: dict[str, tuple[int, Callable[[Tensor], float]]] = {
-        "circulant": (n, lambda m: nearest(m, "circulant").error),
-        "symmetric Toeplitz": (n, lambda m: nearest(m, "toeplitz", steps=0).error),
-        "Toeplitz product": (2 * n, lambda m: nearest(m, "toeplitz").error),
-        "Kronecker": (kronecker, lambda m: nearest(m, "kronecker").error),
+        "circulant": (n, lambda m: nearest(m, Circulant()).error),
+        "symmetric Toeplitz": (n, lambda m: nearest(m, Toeplitz(), steps=0).error),
+        "Toeplitz product": (2 * n, lambda m: nearest(m, Toeplitz()).error),
+        "Kronecker": (kronecker, lambda m: nearest(m, Kronecker()).error),
     }
     if psd:  # u u^T has n numbers, and for a PSD matrix is the best of rank one
         found["low rank 1"] = (n, lambda m: low_rank_error(m, 1))
         return found
     for rank in RANKS:
-        found[f"LDR({rank})"] = (2 * n * rank, lambda m, rank=rank: nearest(m, "ldr", rank=rank).error)
+        found[f"LDR({rank})"] = (2 * n * rank, lambda m, rank=rank: nearest(m, LDR(rank)).error)
     for rank in RANKS:
         found[f"low rank {rank}"] = (2 * n * rank, lambda m, rank=rank: low_rank_error(m, rank))
     return found

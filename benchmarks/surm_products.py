@@ -4,9 +4,9 @@
     python benchmarks/surm_products.py --quick    # a few shapes, to see that it runs
 
 Three tables:
-1. products: `method="fft"` against `method="dense"` by structure, width and tokens. `DENSE_UP_TO` in
-   hyperadapt_peft/surm/structures.py is read off this table.
-2. LoRA's place: a frozen linear layer alone, with LoRA of rank 8, and with a circulant update in several ways.
+1. products: by FFT and by building the matrix, by structure, width and tokens. `dense_up_to` of the structures in
+   hyperadapt_peft/tuners/surm/structures/ is read off this table.
+2. parallel: a frozen linear layer alone, with LoRA of rank 8, and with a circulant update in several ways.
 3. building: what the n x n circulant matrix and its gradient cost, which a dense product pays at every step.
 
 Times are CPU time on one thread, so that other work on the machine does not count; all variants of a row run in turn
@@ -28,16 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from hyperadapt_peft.tuners.surm.structures import (
-    DENSE_UP_TO,
-    circulant_dense,
-    circulant_matmul,
-    factor_shapes,
-    kronecker_dense,
-    kronecker_matmul,
-    ldr_matmul,
-    toeplitz_matmul,
-)
+from hyperadapt_peft.tuners.surm.structures import LDR, STRUCTURES, Circulant, Kronecker, Toeplitz, get_structure
 
 
 RESULTS = Path(__file__).parent / "results" / "surm_products.json"
@@ -69,35 +60,32 @@ def training(product: Callable[..., Tensor], x: Tensor, *factors: Tensor) -> Cal
 
 
 def products(widths: tuple[int, ...], tokens: tuple[int, ...], seconds: float) -> list[dict]:
-    cases: dict[str, tuple[str, Callable[..., Tensor], dict]] = {
-        "circulant": ("circulant", circulant_matmul, {}),
-        "toeplitz": ("toeplitz", toeplitz_matmul, {}),
-        "ldr(1)": ("ldr", ldr_matmul, {"rank": 1}),
-        "ldr(4)": ("ldr", ldr_matmul, {"rank": 4}),
-        "kronecker": ("kronecker", kronecker_matmul, {}),
+    cases = {
+        "circulant": Circulant(),
+        "toeplitz": Toeplitz(),
+        "ldr(1)": LDR(1),
+        "ldr(4)": LDR(4),
+        "kronecker": Kronecker(),
     }
     rows = []
     grid = [(name, n, t) for name in cases for n in widths for t in tokens if n * t <= LARGEST]
     for name, n, t in tqdm(grid, desc="products"):
-        structure, product, keywords = cases[name]
-        factors = [torch.randn(shape, requires_grad=True) for shape in factor_shapes(structure, n, n, **keywords)]
+        structure = cases[name]
+        factors = [torch.randn(shape, requires_grad=True) for shape in structure.factor_shapes(n, n)]
         x = torch.randn(t, n, requires_grad=True)
-        if structure == "kronecker":
-            variants = {"reshaped": training(lambda x, a, b, n=n: kronecker_matmul(x, a, b, n), x, *factors)}
-            if n <= DENSE_WIDTH[structure]:
-                variants["dense"] = training(
-                    lambda x, a, b, n=n: F.linear(x, kronecker_dense(a, b, n, n)), x, *factors
-                )
-        else:
-            methods = ["fft", "dense"] if n <= DENSE_WIDTH[structure] else ["fft"]
-            variants = {
-                method: training(
-                    lambda x, a, b, n=n, method=method, product=product: product(x, a, b, n, method=method),
-                    x,
-                    *factors,
-                )
-                for method in methods
-            }
+        by_matrix = structure.dense_matmul
+        if name == "kronecker":  # its `dense_matmul` does not build the matrix
+
+            def by_matrix(x, a, b, n=n):
+                return x @ Kronecker().dense(a, b, n, n).mT
+
+        variants = {"reshaped": structure.dense_matmul} if name == "kronecker" else {"fft": structure.fft_matmul}
+        if n <= DENSE_WIDTH[name.partition("(")[0]]:
+            variants["dense"] = by_matrix
+        variants = {
+            variant: training(lambda x, a, b, n=n, product=product: product(x[None], a[None], b[None], n), x, *factors)
+            for variant, product in variants.items()
+        }
         rows.append({"structure": name, "width": n, "tokens": t, **milliseconds(variants, seconds)})
     return rows
 
@@ -108,7 +96,7 @@ class OneGemm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, column: Tensor) -> Tensor:
         n = len(column)
-        merged = weight + circulant_dense(column, torch.ones_like(column), n, n)
+        merged = weight + Circulant().dense(column, torch.ones_like(column), n, n)
         ctx.save_for_backward(x, merged)
         return F.linear(x, merged)
 
@@ -119,13 +107,16 @@ class OneGemm(torch.autograd.Function):
         return grad @ merged, None, torch.fft.irfft(correlation, n=x.shape[-1])
 
 
-def loras_place(shapes: list[tuple[int, int]], seconds: float) -> list[dict]:
+def parallel(shapes: list[tuple[int, int]], seconds: float) -> list[dict]:
     rows = []
-    for n, t in tqdm(shapes, desc="LoRA's place"):
+    for n, t in tqdm(shapes, desc="parallel"):
         x = torch.randn(t, n, requires_grad=True)
         weight = torch.randn(n, n)
         down, up = torch.randn(8, n, requires_grad=True), torch.randn(n, 8, requires_grad=True)
         left, right = torch.randn(n, requires_grad=True), torch.randn(n, requires_grad=True)
+
+        def circulant(x, left, right, method, n=n):
+            return getattr(Circulant(), f"{method}_matmul")(x[None], left[None], right[None], n)[0]
 
         def base(x, weight=weight):
             return F.linear(x, weight)
@@ -133,18 +124,18 @@ def loras_place(shapes: list[tuple[int, int]], seconds: float) -> list[dict]:
         def lora(x, down, up, weight=weight):
             return F.linear(x, weight) + F.linear(F.linear(x, down), up)
 
-        def fft(x, left, right, weight=weight, n=n):
-            return F.linear(x, weight) + circulant_matmul(x, left, right, n, method="fft")
+        def fft(x, left, right, weight=weight, circulant=circulant):
+            return F.linear(x, weight) + circulant(x, left, right, "fft")
 
         def autograd_fft(x, left, right, weight=weight, n=n):
             spectrum = torch.fft.rfft(x) * torch.fft.rfft(left * right)
             return F.linear(x, weight) + torch.fft.irfft(spectrum, n=n)
 
-        def dense(x, left, right, weight=weight, n=n):
-            return F.linear(x, weight) + circulant_matmul(x, left, right, n, method="dense")
+        def dense(x, left, right, weight=weight, circulant=circulant):
+            return F.linear(x, weight) + circulant(x, left, right, "dense")
 
         def one_gemm(x, left, right, weight=weight, n=n):
-            return F.linear(x, weight + circulant_dense(left, right, n, n))
+            return F.linear(x, weight + Circulant().dense(left, right, n, n))
 
         def one_gemm_fft_gradient(x, left, right, weight=weight):
             return OneGemm.apply(x, weight, left * right)
@@ -186,7 +177,7 @@ def building(widths: tuple[int, ...], seconds: float) -> list[dict]:
         ones = torch.ones(n)
         variants = {
             "index": training(lambda v, index=index: v[index], column),
-            "unfold": training(lambda v, ones=ones, n=n: circulant_dense(v, ones, n, n), column),
+            "unfold": training(lambda v, ones=ones, n=n: Circulant().dense(v, ones, n, n), column),
             "as_strided": training(lambda v, n=n: torch.cat([v[1:], v]).as_strided((n, n), (1, 1)).flip(1), column),
             "as_strided, diagonal sums": training(DiagonalSums.apply, column),
         }
@@ -228,13 +219,13 @@ def main() -> None:
         "torch": torch.__version__,
         "machine": platform.machine(),
         "threads": 1,
-        "dense_up_to": DENSE_UP_TO,
-        "loras_place": loras_place(shapes[:1] if arguments.quick else shapes, 4 * arguments.seconds),
+        "dense_up_to": {name: get_structure(name).dense_up_to for name in STRUCTURES if name != "kronecker"},
+        "parallel": parallel(shapes[:1] if arguments.quick else shapes, 4 * arguments.seconds),
         "building": building((384,) if arguments.quick else (384, 768), arguments.seconds),
         "products": products(widths, tokens, arguments.seconds),
     }
     result["dense_wins_up_to"] = crossings(result["products"])
-    table("LoRA's place", result["loras_place"])
+    table("Parallel", result["parallel"])
     table("Building", result["building"])
     table("Products", result["products"])
     print("\nThe largest measured width at which dense is not slower, by tokens:")

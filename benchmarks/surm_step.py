@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification
 
 from benchmarks import embedded
 from hyperadapt_peft import SurmConfig
-from hyperadapt_peft.tuners.surm.structures import circulant_matmul
+from hyperadapt_peft.tuners.surm.structures import Circulant
 
 
 TARGETS = ["query", "key", "value"]
@@ -49,7 +49,7 @@ def products(layers: int, x: torch.Tensor) -> float:
     factors = [torch.randn(width, requires_grad=True) for _ in range(2)]
     start = time.perf_counter()
     for _ in range(3 * layers):
-        circulant_matmul(x, *factors, width).sum().backward()
+        Circulant().matmul(x, *factors, width).sum().backward()
     return time.perf_counter() - start
 
 

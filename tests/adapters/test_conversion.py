@@ -81,7 +81,7 @@ def test_the_identity_loses_nothing():
         (HyperAdaptConfig(), {"rank": 0}, "at least 1"),
         (HyperAdaptConfig(), {"rank": 1, "adapter_name": "other"}, "other not found"),
         (HyperAdaptConfig(target_modules=["embed_tokens"]), {"rank": 1}, "model.embed_tokens cannot be converted"),
-        (SurmConfig(place="adapter"), {"rank": 1}, "cannot be converted"),
+        (SurmConfig(placement="sequential"), {"rank": 1}, "cannot be converted"),
     ],
 )
 def test_refusals(config, options, message):

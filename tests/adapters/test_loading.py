@@ -21,7 +21,7 @@ CONFIGS = {
     "hyperadapt with a head": lambda **kw: HyperAdaptConfig(modules_to_save=["lm_head"], **kw),
     "hyperadapt with tokens": lambda **kw: HyperAdaptConfig(trainable_token_indices={"embed_tokens": [1, 5]}, **kw),
     "surm": lambda **kw: SurmConfig(structure="ldr", alpha=0.5, surm_dropout=0.1, **kw),
-    "surm adapter": lambda **kw: SurmConfig(place="adapter", **kw),
+    "sequential surm": lambda **kw: SurmConfig(placement="sequential", **kw),
 }
 KINDS = {"a": {}, "b": {}, "c": {"target_modules": ["q_proj"]}, "d": {}, "e": {"target_modules": ["q_proj"]}}
 _, BATCH, _ = build("llama")

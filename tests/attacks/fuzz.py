@@ -64,7 +64,7 @@ ADAPTERS: dict[str, Callable[[], Any]] = {
     ),
     "surm": lambda: SurmConfig(target_modules=["up", "down"], init_weights=False, structure="toeplitz"),
     "surm-adapter": lambda: SurmConfig(
-        target_modules=["down"], init_weights=False, place="adapter", trainable_token_indices=[1, 2]
+        target_modules=["down"], init_weights=False, placement="sequential", trainable_token_indices=[1, 2]
     ),
 }
 

@@ -36,7 +36,7 @@ WRONG = {
     "save_memory": ["yes", 0, 1, None, [], {}],
     "sides": ["rows", "", 1, None, ["row"], {}, True],
     "structure": ["hankel", "", 1, None, ["ldr"], {}, True],
-    "place": ["lora ", 1, None, [], {}, True],
+    "placement": ["parallel ", 1, None, [], {}, True],
     "r": [0, -1, 1.0, "8", None, True, [], {}, float("nan")],
     "symmetric": [0, 1, "yes", None, [], {}],
     "alpha": ["1", None, True, [], {}, float("nan"), float("inf"), -float("inf")],

@@ -21,7 +21,7 @@ TUNERS = {
     "HyperAdapt": {"peft_type": "HYPERADAPT"},
     "HyperAdapt, save_memory": {"peft_type": "HYPERADAPT", "save_memory": True},
     "SURM": {"peft_type": "SURM"},
-    "SURM, adapter's place": {"peft_type": "SURM", "place": "adapter", "structure": "toeplitz"},
+    "sequential SURM": {"peft_type": "SURM", "placement": "sequential", "structure": "toeplitz"},
     "LoRA": {"peft_type": "LORA", "r": 8, **LINEAR},
     "DoRA": {"peft_type": "LORA", "use_dora": True, **LINEAR},
     "IA3": {"peft_type": "IA3", "feedforward_modules": [], **LINEAR},

@@ -60,7 +60,7 @@ def _surm() -> Method:
             {"structure": "toeplitz"},
             {"structure": "kronecker"},
             {"structure": "ldr", "r": 2},
-            {"place": "adapter"},
+            {"placement": "sequential"},
         ),
         unsupported={"mha": MHA} | dict.fromkeys((*convolutions, "emb", "embed_tokens", "l2.*"), MATRICES),
         capabilities=frozenset({"conv1d", "merge", "mixed batches", "mixed models"}),

@@ -118,9 +118,9 @@ PATCHES = (
         "testing_common.py",
         "def _skip_if_merging_not_supported(model_id, config_cls, config_kwargs):\n",
         "def _skip_if_merging_not_supported(model_id, config_cls, config_kwargs):\n"
-        '    if config_kwargs.get("place") == "adapter":\n'
-        '        pytest.skip("SURM in an adapter\'s place has a non-linearity: there is no weight to merge into")\n',
-        "upstream's own gate for what cannot be merged; no other method has a `place`",
+        '    if config_kwargs.get("placement") == "sequential":\n'
+        '        pytest.skip("a sequential SURM adapter has a non-linearity: there is no weight to merge into")\n',
+        "upstream's own gate for what cannot be merged; no other method has a `placement`",
     ),
     Patch(
         "test_low_level_api.py",
@@ -131,8 +131,8 @@ PATCHES = (
     Patch(
         "test_custom_models.py",
         '(config_kwargs.get("use_dora") and model_id == "EmbConv1D")\n            or',
-        '(("use_dora" in config_kwargs or "place" in config_kwargs) and model_id == "EmbConv1D")\n            or',
-        "the model's one output learns slowly, and upstream's higher rate is needed in an adapter's place too",
+        '(("use_dora" in config_kwargs or "placement" in config_kwargs) and model_id == "EmbConv1D")\n            or',
+        "the model's one output learns slowly, and upstream's higher rate is needed by a sequential adapter too",
     ),
     Patch(
         "test_mixed.py",

@@ -26,7 +26,7 @@ CONFIGS = {
     "surm-toeplitz-general": lambda: SurmConfig(target_modules=LINEAR, structure="toeplitz", symmetric=False),
     "surm-kronecker": lambda: SurmConfig(target_modules=LINEAR, structure="kronecker"),
     "surm-ldr": lambda: SurmConfig(target_modules=LINEAR, structure="ldr", r=2),
-    "surm-adapter": lambda: SurmConfig(target_modules=LINEAR, structure="circulant", place="adapter"),
+    "surm-adapter": lambda: SurmConfig(target_modules=LINEAR, structure="circulant", placement="sequential"),
 }
 
 

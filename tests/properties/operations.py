@@ -83,7 +83,7 @@ def offsets(layer: Any, name: str) -> tuple[Tensor, Tensor]:
 
 def dense_surm(layer: Any, name: str, config: SurmConfig) -> Tensor:
     """alpha dW by the definition of each structure, entry by entry."""
-    first, second = (part[name].weight.detach().double() for part in (layer.surm_first, layer.surm_second))
+    first, second = (part[name].weight.detach().double() for part in (layer.surm_A, layer.surm_B))
     rows, columns = layer.out_features, layer.in_features
     if config.structure == "kronecker":
         matrix = torch.kron(first, second)

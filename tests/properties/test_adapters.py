@@ -27,7 +27,7 @@ SURM = st.one_of(
 CONFIGS = st.one_of(
     st.tuples(st.just(HyperAdaptConfig), HYPERADAPT),
     st.tuples(st.just(SurmConfig), SURM),
-    st.tuples(st.just(SurmConfig), SURM.map(lambda fields: fields | {"place": "adapter"})),
+    st.tuples(st.just(SurmConfig), SURM.map(lambda fields: fields | {"placement": "sequential"})),
 )
 
 
@@ -49,7 +49,7 @@ def test_shapes_and_dtypes(rows, columns, bias, dtype, config, batch):
     model = get_peft_model(base(rows, columns, bias, dtype), config).eval()
     output = model(x)
     assert output.dtype == dtype and output.shape == (batch, rows)
-    if getattr(config, "place", "lora") == "lora":
+    if getattr(config, "placement", "parallel") == "parallel":
         layer = model.base_model.model[0]
         weight = layer.base_layer.weight.double()
         if config_cls is HyperAdaptConfig:

@@ -1,9 +1,7 @@
 """Configuration of SURM."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import InitVar, dataclass, field
+from typing import Literal, Optional
 
 from ...integrations.peft import add_peft_type
 from ..common.config import TargetConfig, one_of
@@ -16,11 +14,11 @@ class SurmConfig(TargetConfig):
 
     Args:
         structure (`Literal["circulant", "toeplitz", "kronecker", "ldr"]`):
-            The structure of the trained matrix; of a square weight of width n it trains 2n numbers (circulant,
+            The structure of the trained matrix; for a square weight of width n it has 2n parameters (circulant,
             default), 2n (symmetric Toeplitz), the fewest a Kronecker product can have, or 2nr (LDR).
-        place (`Literal["lora", "adapter"]`):
-            `"lora"` (default): `W' = W + alpha dW`. `"adapter"`: `Y = X + gelu(alpha X S) + b` after the module, with
-            X its output; it cannot be merged.
+        placement (`Literal["parallel", "sequential"]`):
+            `"parallel"` (default) to the layer, as LoRA: `W' = W + alpha dW`. `"sequential"`, as Houlsby's adapters:
+            `Y = X + gelu(alpha X S) + b` after the layer, with X its output; it cannot be merged.
         r (`int`):
             The displacement rank of `structure="ldr"`, 1 by default; the other structures have none.
         symmetric (`bool`):
@@ -30,8 +28,8 @@ class SurmConfig(TargetConfig):
         surm_dropout (`float`):
             The dropout probability of the update's input, 0.0 by default.
 
-    `target_modules=None` means the query, key and value projections in LoRA's place, and the outputs of attention and
-    feed-forward blocks (Houlsby's sites) in the adapter's place, by the names transformers gives them.
+    `target_modules=None` means the query, key and value projections for the parallel placement, and the outputs of
+    attention and feed-forward blocks (Houlsby's sites) for the sequential one, by the names transformers gives them.
 
     All other fields, and what is raised, are those of [`TargetConfig`]. Source: arXiv 2406.17740.
     """
@@ -39,9 +37,9 @@ class SurmConfig(TargetConfig):
     structure: Literal["circulant", "toeplitz", "kronecker", "ldr"] = field(
         default="circulant", metadata={"help": "The structure of the trained matrix."}
     )
-    place: Literal["lora", "adapter"] = field(
-        default="lora",
-        metadata={"help": "'lora': added to the weight. 'adapter': a layer with a gelu after the module."},
+    placement: Literal["parallel", "sequential"] = field(
+        default="parallel",
+        metadata={"help": "'parallel': added to the weight. 'sequential': a layer with a gelu after the module."},
     )
     r: int = field(default=1, metadata={"help": "The displacement rank of structure='ldr'."})
     symmetric: bool = field(
@@ -49,12 +47,15 @@ class SurmConfig(TargetConfig):
     )
     alpha: float = field(default=1.0, metadata={"help": "A plain factor of the update, not divided by r."})
     surm_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the update's input."})
+    place: InitVar[Optional[str]] = None  # `placement` in files of format 1
 
-    def __post_init__(self):
+    def __post_init__(self, place):
         self.peft_type = add_peft_type("SURM")
         super().__post_init__()
+        if place is not None:
+            self.placement = {"lora": "parallel", "adapter": "sequential"}.get(place, place)
         one_of(self.structure, "structure", STRUCTURES)
-        one_of(self.place, "place", ("lora", "adapter"))
+        one_of(self.placement, "placement", ("parallel", "sequential"))
         one_of(self.symmetric, "symmetric", (True, False))
         if type(self.r) is not int or self.r < 1:
             raise ValueError(f"`r` must be a positive integer, not {self.r!r}.")

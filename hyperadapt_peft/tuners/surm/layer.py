@@ -1,4 +1,4 @@
-"""SURM layers: a structured matrix in LoRA's place or in an adapter's place."""
+"""SURM layers: a structured matrix parallel to a layer, or after it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..common import TargetLayer
-from . import structures
 from .config import SurmConfig
+from .structures import Structure, get_structure
 
 
-# Standard deviation of the random factor. With the zero factor's steps of the learning rate's size, the update's
-# entries then grow by about a tenth of it to once it per step, as LoRA's do.
+# Standard deviation of B at the start. With A's steps of the learning rate's size, the update's entries then grow by
+# about a tenth of it to once it per step, as LoRA's do.
 RANDOM_STD = {"circulant": 0.1, "kronecker": 0.1, "toeplitz": 0.02, "ldr": 0.02}
 
 
@@ -31,30 +31,31 @@ class Factor(nn.Module):
 
 
 class SurmLayer(TargetLayer):
-    """A base layer with structured matrices, each of two factors of which the first starts at zero."""
+    """A base layer with structured matrices, each of two factors: A, which starts at zero, and B, which is random."""
 
-    adapter_layer_names = ("surm_first", "surm_second", "surm_bias")
-    other_param_names = ("surm_config", "surm_dropout")
+    adapter_layer_names = ("surm_A", "surm_B", "surm_bias")
+    other_param_names = ("scaling", "surm_config", "surm_structure", "surm_dropout")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: SurmConfig, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
-        self.surm_first = nn.ModuleDict()
-        self.surm_second = nn.ModuleDict()
-        self.surm_bias = nn.ModuleDict()  # of adapters in an adapter's place
+        self.surm_A = nn.ModuleDict()
+        self.surm_B = nn.ModuleDict()
+        self.surm_bias = nn.ModuleDict()  # of sequential adapters
         self.surm_dropout = nn.ModuleDict()
         self.surm_config: dict[str, SurmConfig] = {}
+        self.surm_structure: dict[str, Structure] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: SurmConfig) -> None:
         """Add an adapter, at the identity unless `config.init_weights` is False."""
+        self.scaling[adapter_name] = 1.0
         self.surm_config[adapter_name] = config
-        first, second = structures.factor_shapes(
-            config.structure, *self.matrix_shape(adapter_name), rank=config.r, symmetric=config.symmetric
-        )
-        self.surm_first[adapter_name] = Factor(*first)
-        self.surm_second[adapter_name] = Factor(*second)
-        if config.place == "adapter":
+        self.surm_structure[adapter_name] = get_structure(config.structure, config.r, config.symmetric)
+        a, b = self.surm_structure[adapter_name].factor_shapes(*self.matrix_shape(adapter_name))
+        self.surm_A[adapter_name] = Factor(*a)
+        self.surm_B[adapter_name] = Factor(*b)
+        if config.placement == "sequential":
             self.surm_bias[adapter_name] = Factor(self.out_features)
         self.surm_dropout[adapter_name] = nn.Dropout(config.surm_dropout) if config.surm_dropout else nn.Identity()
         self.reset_parameters(adapter_name, config.init_weights)
@@ -64,31 +65,26 @@ class SurmLayer(TargetLayer):
     def reset_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """Set an adapter to a zero and a random factor; with `init_weights=False` both are random and large."""
         std = RANDOM_STD[self.surm_config[adapter_name].structure]
-        for factors, start in ((self.surm_first, 0.0), (self.surm_second, std)):
+        for factors, start in ((self.surm_A, 0.0), (self.surm_B, std)):
             nn.init.normal_(factors[adapter_name].get_parameter("weight"), std=start if init_weights else 0.25)
 
     def matrix_shape(self, adapter_name: str) -> tuple[int, int]:
         """(out, in) of an adapter's structured matrix."""
-        in_lora_place = self.surm_config[adapter_name].place == "lora"
-        return self.out_features, self.in_features if in_lora_place else self.out_features
-
-    def structured(self, function: str, adapter_name: str, *args: Any) -> torch.Tensor:
-        """Call `structures.<structure>_<function>` with the adapter's factors."""
-        config = self.surm_config[adapter_name]
-        options = {"symmetric": config.symmetric} if config.structure == "toeplitz" else {}
-        return getattr(structures, f"{config.structure}_{function}")(*args, **options)
+        parallel = self.surm_config[adapter_name].placement == "parallel"
+        return self.out_features, self.in_features if parallel else self.out_features
 
     def product(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """`alpha x dW^T` with dropout on x: (..., in) to (..., out)."""
-        config, x = self.surm_config[adapter_name], self.surm_dropout[adapter_name](x)
-        factors = self.surm_first[adapter_name](), self.surm_second[adapter_name]()
-        return config.alpha * self.structured("matmul", adapter_name, x, *factors, self.out_features)
+        a, b = self.surm_A[adapter_name](), self.surm_B[adapter_name]()
+        x = self.surm_dropout[adapter_name](x)
+        a = self.surm_config[adapter_name].alpha * a
+        return self.surm_structure[adapter_name].matmul(x, a, b, self.out_features)
 
     def matrix(self, adapter_name: str) -> torch.Tensor:
         """`alpha dW` (out, in), detached, in fp32 or wider."""
-        factors = [scales[adapter_name]().detach() for scales in (self.surm_first, self.surm_second)]
-        factors = [factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in factors]
-        dense = self.structured("dense", adapter_name, *factors, *self.matrix_shape(adapter_name))
+        factors = [factors[adapter_name]().detach() for factors in (self.surm_A, self.surm_B)]
+        a, b = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in factors)
+        dense = self.surm_structure[adapter_name].dense(a, b, *self.matrix_shape(adapter_name))
         return self.surm_config[adapter_name].alpha * dense
 
     def __repr__(self) -> str:
@@ -98,14 +94,14 @@ class SurmLayer(TargetLayer):
 class Linear(SurmLayer):
     """SURM of `nn.Linear`, transformers' `Conv1D` and every quantized linear layer PEFT knows. (..., in) -> (..., out).
 
-    In LoRA's place an adapter makes the weight `W + alpha dW`, and several add. In an adapter's place it makes the
-    output X the output `X + gelu(alpha X S) + b`, and several follow each other, after those in LoRA's place.
+    A parallel adapter makes the weight `W + alpha dW`, and several add. A sequential one makes the output X the output
+    `X + gelu(alpha X S) + b`, and several follow each other, after the parallel ones.
     """
 
     def adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         result = self.base_layer(x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.surm_config]
-        for name in sorted(names, key=lambda name: self.surm_config[name].place == "adapter"):
+        for name in sorted(names, key=lambda name: self.surm_config[name].placement == "sequential"):
             result = self.add_update(result, x, name)
         return result
 
@@ -121,7 +117,7 @@ class Linear(SurmLayer):
 
     def add_update(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """Return the output `result` for the input `x` with one adapter's update, in its dtype."""
-        if self.surm_config[adapter_name].place == "lora":
+        if self.surm_config[adapter_name].placement == "parallel":
             return result + self.product(x, adapter_name).to(result.dtype)
         update = F.gelu(self.product(result, adapter_name)) + self.surm_bias[adapter_name]()
         return result + update.to(result.dtype)
@@ -134,11 +130,11 @@ class Linear(SurmLayer):
         return weight
 
     def check_mergeable(self, adapter_name: str) -> None:
-        if self.surm_config[adapter_name].place == "adapter":
+        if self.surm_config[adapter_name].placement == "sequential":
             raise ValueError(
-                f"The adapter {adapter_name} cannot be merged: with place='adapter' it computes gelu of a product after "
-                "the layer, which is not linear, so no weight of the base layer can hold it."
+                f"The adapter {adapter_name} cannot be merged: with placement='sequential' it computes gelu of a product "
+                "after the layer, which is not linear, so no weight of the base layer can hold it."
             )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return all(config.place == "lora" for config in self.surm_config.values())
+        return all(config.placement == "parallel" for config in self.surm_config.values())

@@ -21,14 +21,14 @@ from .layer import Linear, SurmLayer
 from .nearest import nearest
 
 
-# What transformers' architectures call them. In LoRA's place the paper adapts query, key and value; in an adapter's
-# place it follows Houlsby et al. 2019: after the last projection of attention and of the feed-forward block.
+# What transformers' architectures call them. Parallel, the paper adapts query, key and value; sequential, it follows
+# Houlsby et al. 2019: after the last projection of attention and of the feed-forward block.
 DEFAULT_TARGETS = {
-    "lora": (
+    "parallel": (
         "query", "key", "value", "query_proj", "key_proj", "value_proj", "q_proj", "k_proj", "v_proj", "q_lin",
         "k_lin", "v_lin", "q", "k", "v", "c_attn", "in_proj", "qkv", "qkv_proj", "query_key_value", "Wqkv",
     ),
-    "adapter": (
+    "sequential": (
         "o_proj", "out_proj", "out_lin", "o", "wo", "Wo", "c_proj", "down_proj", "fc2", "fc_out", "lin2", "ffn_output",
         "dense_4h_to_h", "attention.dense", "self_attention.dense", "self_attn.dense", "output.dense", "output_dense",
     ),
@@ -36,7 +36,7 @@ DEFAULT_TARGETS = {
 
 
 class SurmModel(TargetModel):
-    """Adapts a model by SURM: structured unrestricted-rank matrices in LoRA's place or in an adapter's place.
+    """Adapts a model by SURM: structured unrestricted-rank matrices parallel to its layers, or after them.
 
     Args:
         model (`torch.nn.Module`): The model to be adapted.
@@ -74,7 +74,7 @@ class SurmModel(TargetModel):
         return Linear if backend is not None and backend.layer_type == "linear" else None
 
     def default_targets(self, config: SurmConfig) -> set[str]:  # type: ignore[override]
-        endings = tuple(f".{name}" for name in DEFAULT_TARGETS[config.place])
+        endings = tuple(f".{name}" for name in DEFAULT_TARGETS[config.placement])
         inside = tuple(f"{key}." for key, m in self.model.named_modules() if isinstance(m, BaseTunerLayer))
         names = {
             key
@@ -85,15 +85,15 @@ class SurmModel(TargetModel):
         }
         if not names:
             raise ValueError(
-                f"Please specify `target_modules`: this model has no module named as usual for place={config.place!r} "
-                f"({', '.join(DEFAULT_TARGETS[config.place])})."
+                f"Please specify `target_modules`: this model has no module named as usual for placement={config.placement!r} "
+                f"({', '.join(DEFAULT_TARGETS[config.placement])})."
             )
         return names
 
     def _prepare_adapter_config(self, peft_config: SurmConfig, model_config: dict) -> SurmConfig:  # type: ignore[override]
         targets = peft_config.target_modules
         if targets is None:
-            targets = set(DEFAULT_TARGETS[peft_config.place])
+            targets = set(DEFAULT_TARGETS[peft_config.placement])
         fused = fused_targets(replace(peft_config, target_modules=targets), self.model)
         if fused and not peft_config.inference_mode:
             names = ", ".join(sorted(weight.name for weight in fused))
@@ -101,10 +101,20 @@ class SurmModel(TargetModel):
         super()._prepare_adapter_config(peft_config, model_config)
         return peft_config
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
+        cls, model: nn.Module, config: SurmConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        renamed = {  # format 1
+            key.replace(".surm_first.", ".surm_A.").replace(".surm_second.", ".surm_B."): value
+            for key, value in state_dict.items()
+        }
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
+
     def init_from_updates(
         self, updates: Mapping[str, torch.Tensor], adapter_name: str = "default", progress: bool = False
     ) -> dict[str, float]:
-        """Start an adapter in LoRA's place from the structured matrices nearest to given updates.
+        """Start a parallel adapter from the structured matrices nearest to given updates.
 
         Args:
             updates (`Mapping[str, torch.Tensor]`):
@@ -118,20 +128,20 @@ class SurmModel(TargetModel):
             suits an update.
 
         Raises:
-            ValueError: If a module has no such adapter in LoRA's place, or an update has the wrong shape or is not
+            ValueError: If a module has no such parallel adapter, or an update has the wrong shape or is not
                 finite. Nothing has changed then.
         """
         found = {}
         for name, update in tqdm(updates.items(), disable=not progress, desc="nearest"):
             layer = dict(self.model.named_modules()).get(name)
             config = layer.surm_config.get(adapter_name) if isinstance(layer, SurmLayer) else None
-            if layer is None or config is None or config.place != "lora" or config.alpha == 0:
-                raise ValueError(f"{name} has no adapter {adapter_name} in LoRA's place.")
+            if layer is None or config is None or config.placement != "parallel" or config.alpha == 0:
+                raise ValueError(f"{name} has no parallel adapter {adapter_name} to start.")
             if tuple(update.shape) != layer.matrix_shape(adapter_name):
                 raise ValueError(f"{name} needs {layer.matrix_shape(adapter_name)}, got {tuple(update.shape)}.")
-            found[name] = nearest(update / config.alpha, config.structure, rank=config.r, symmetric=config.symmetric)
+            found[name] = nearest(update / config.alpha, layer.surm_structure[adapter_name])
         for name, result in found.items():
             layer = cast(SurmLayer, self.model.get_submodule(name))
-            for factors, value in zip((layer.surm_first, layer.surm_second), result.factors, strict=True):
+            for factors, value in zip((layer.surm_A, layer.surm_B), result.factors, strict=True):
                 factors[adapter_name].get_parameter("weight").data.copy_(value)
         return {name: result.error for name, result in found.items()}

@@ -20,75 +20,65 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hyperadapt_peft.tuners.surm.structures import (
-    circulant_dense,
-    factor_shapes,
-    kronecker_dense,
-    ldr_dense,
-    ldr_matmul,
-    toeplitz_dense,
-    toeplitz_matmul,
-)
+from .structures import LDR, Circulant, Kronecker, Structure, Toeplitz
+from .structures.convolution import diagonals_to_dense
 
 
 class Nearest(NamedTuple):
-    """factors: as `factor_shapes` and the functions of `structures` order them; dense: their matrix (out, in);
-    error: the Frobenius norm of the difference relative to that of the target (0 for a zero target)."""
+    """What `nearest` found.
+
+    Attributes:
+        factors (`tuple[Tensor, Tensor]`): A and B.
+        dense (`Tensor`): Their matrix (out, in).
+        error (`float`): The Frobenius norm of the difference relative to that of the target; 0 for a zero target.
+    """
 
     factors: tuple[Tensor, Tensor]
     dense: Tensor
     error: float
 
 
-def nearest(
-    matrix: Tensor, structure: str, *, rank: int = 1, symmetric: bool = True, steps: int = 200, progress: bool = False
-) -> Nearest:
-    """The nearest matrix of a structure to `matrix` (out, in), in float32 or wider; computed in float64.
+@torch.no_grad()
+def nearest(matrix: Tensor, structure: Structure, steps: int = 200, progress: bool = False) -> Nearest:
+    """Return the nearest matrix of a structure to a dense one, computed in float64.
 
     Args:
-        rank: the r of LDR(r).
-        symmetric: for Toeplitz, whether both factors are.
-        steps: the most descent steps where there is no closed form (Toeplitz product, LDR); 0 keeps the starting point.
-        progress: show a bar for them.
+        matrix (`Tensor`): (out, in).
+        structure (`Structure`): Of `structures`.
+        steps (`int`, defaults to 200):
+            The most descent steps where there is no closed form (Toeplitz product, LDR); 0 keeps the starting point.
+        progress (`bool`, defaults to `False`): Show a bar for them.
+
+    Returns:
+        `Nearest`: In the dtype of `matrix`, in float32 at least.
 
     Raises:
-        ValueError: not a finite floating point matrix, or an unknown structure.
+        ValueError: If it is not a finite floating point matrix.
     """
     if matrix.dim() != 2 or not matrix.is_floating_point():
         raise ValueError(f"expected a floating point matrix, got {matrix.dtype} of shape {tuple(matrix.shape)}")
     if not matrix.isfinite().all():
         raise ValueError("the matrix is not finite")
-    out_features, in_features = matrix.shape
-    factor_shapes(structure, out_features, in_features, rank=rank)  # refuses unknown structures and sizes
-    with torch.no_grad():
-        target = matrix.detach().double()
-        bar = tqdm(total=steps, desc=f"nearest {structure}", disable=not progress)
-        if structure == "circulant":
-            column = _circulant(target)
-            first, second = column, torch.ones_like(column)
-            dense = circulant_dense(first, second, out_features, in_features)
-        elif structure == "toeplitz":
-            first, second = _toeplitz_product(target, symmetric, steps, bar)
-            dense = toeplitz_dense(first, second, out_features, in_features, symmetric)
-        elif structure == "kronecker":
-            first, second = _kronecker(target)
-            dense = kronecker_dense(first, second, out_features, in_features)
-        else:
-            first, second = _ldr(target, rank, steps, bar)
-            dense = ldr_dense(first, second, out_features, in_features)
-        bar.close()
-        dtype = torch.promote_types(matrix.dtype, torch.float32)
-        return Nearest((first.to(dtype), second.to(dtype)), dense.to(dtype), _error(dense, target))
+    target = matrix.detach().double()
+    with tqdm(total=steps, desc=f"nearest {structure}", disable=not progress) as bar:
+        match structure:
+            case Circulant():
+                a = _circulant(target)
+                b = torch.ones_like(a)
+            case Toeplitz():
+                a, b = _toeplitz_product(target, structure, steps, bar)
+            case Kronecker():
+                a, b = _kronecker(target)
+            case LDR():
+                a, b = _ldr(target, structure, steps, bar)
+    dense = structure.dense(a, b, *matrix.shape)
+    dtype = torch.promote_types(matrix.dtype, torch.float32)
+    return Nearest((a.to(dtype), b.to(dtype)), dense.to(dtype), _error(dense, target))
 
 
 def _error(dense: Tensor, target: Tensor) -> float:
     norm = target.norm().item()
     return (dense - target).norm().item() / norm if norm else 0.0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Closed forms
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _mean_by(groups: Tensor, target: Tensor, count: int) -> Tensor:
@@ -112,7 +102,7 @@ def _circulant(target: Tensor) -> Tensor:
 
 
 def _toeplitz(target: Tensor, symmetric: bool) -> Tensor:
-    """The nearest single Toeplitz matrix, as the `outer` factor of `toeplitz_dense`."""
+    """The nearest single Toeplitz matrix, as the factor B of a product."""
     out_features, in_features = target.shape
     if symmetric:
         return _mean_by(_offsets(target).abs(), target, max(out_features, in_features))
@@ -120,22 +110,20 @@ def _toeplitz(target: Tensor, symmetric: bool) -> Tensor:
 
 
 def _kronecker(target: Tensor) -> tuple[Tensor, Tensor]:
-    (a, c), (b, d) = factor_shapes("kronecker", *target.shape)
-    # Row (i, k), column (j, l) holds the entry A_ik B_jl of the product, so the product has rank one.
-    rearranged = target.reshape(a, b, c, d).transpose(1, 2).reshape(a * c, b * d)
+    (p, q), (r, s) = Kronecker().factor_shapes(*target.shape)
+    # row (i, k), column (j, l) holds the entry A_ik B_jl of the product, so the product has rank one
+    rearranged = target.reshape(p, r, q, s).transpose(1, 2).reshape(p * q, r * s)
     left, values, right = torch.linalg.svd(rearranged, full_matrices=False)
     scale = values[0].sqrt()
-    return (scale * left[:, 0]).reshape(a, c), (scale * right[0]).reshape(b, d)
+    return (scale * left[:, 0]).reshape(p, q), (scale * right[0]).reshape(r, s)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Descent
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _descend(product, factors: tuple[Tensor, Tensor], target: Tensor, steps: int, bar: tqdm) -> tuple[Tensor, Tensor]:
-    """L-BFGS on ||product(factors) - target||^2; the best point seen, the start included."""
+def _descend(
+    structure: Structure, factors: tuple[Tensor, Tensor], target: Tensor, steps: int, bar: tqdm
+) -> tuple[Tensor, Tensor]:
+    """L-BFGS on the squared error; the best point seen, the start included."""
     scale = target.norm().item() or 1.0
+    identity = torch.eye(target.shape[1], dtype=target.dtype, device=target.device)
     trained = [factor.detach().clone().requires_grad_() for factor in factors]
     best, kept = math.inf, factors
     optimizer = torch.optim.LBFGS(
@@ -145,7 +133,8 @@ def _descend(product, factors: tuple[Tensor, Tensor], target: Tensor, steps: int
     def closure() -> Tensor:
         nonlocal best, kept
         optimizer.zero_grad()
-        loss = ((product(*trained) - target) / scale).square().sum()
+        product = structure.matmul(identity, trained[0], trained[1], target.shape[0]).T
+        loss = ((product - target) / scale).square().sum()
         loss.backward()
         if loss.item() < best:
             best, kept = loss.item(), (trained[0].detach().clone(), trained[1].detach().clone())
@@ -158,22 +147,11 @@ def _descend(product, factors: tuple[Tensor, Tensor], target: Tensor, steps: int
     return kept
 
 
-def _toeplitz_product(target: Tensor, symmetric: bool, steps: int, bar: tqdm) -> tuple[Tensor, Tensor]:
-    """Start at identity times the nearest single Toeplitz matrix."""
-    out_features, in_features = target.shape
-    inner = target.new_zeros(factor_shapes("toeplitz", out_features, in_features, symmetric=symmetric)[0])
-    inner[0 if symmetric else in_features - 1] = 1
-    identity = torch.eye(in_features, dtype=target.dtype, device=target.device)
-
-    def product(inner: Tensor, outer: Tensor) -> Tensor:
-        return toeplitz_matmul(identity, inner, outer, out_features, symmetric).T
-
-    return _descend(product, (inner, _toeplitz(target, symmetric)), target, steps, bar)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# LDR
-# ---------------------------------------------------------------------------------------------------------------------
+def _toeplitz_product(target: Tensor, structure: Toeplitz, steps: int, bar: tqdm) -> tuple[Tensor, Tensor]:
+    """Start at the nearest single Toeplitz matrix times the identity."""
+    identity = target.new_zeros(structure.factor_shapes(*target.shape)[0])
+    identity[0 if structure.symmetric else target.shape[1] - 1] = 1
+    return _descend(structure, (identity, _toeplitz(target, structure.symmetric)), target, steps, bar)
 
 
 def displacement(matrix: Tensor) -> Tensor:
@@ -190,49 +168,43 @@ def _generators(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _balance(circulant: Tensor, skew: Tensor) -> tuple[Tensor, Tensor]:
-    """The same matrix from orthogonal generators of equal norms: a good place to train from."""
+    """The same matrix from orthogonal generators of equal norms: good to train from."""
     (q1, r1), (q2, r2) = torch.linalg.qr(circulant.T), torch.linalg.qr(skew.T)
     left, values, right = torch.linalg.svd(r1 @ r2.T)
     return (q1 @ left * values.sqrt()).T, (q2 @ right.T * values.sqrt()).T
 
 
-def _ldr(target: Tensor, rank: int, steps: int, bar: tqdm) -> tuple[Tensor, Tensor]:
+def _ldr(target: Tensor, structure: LDR, steps: int, bar: tqdm) -> tuple[Tensor, Tensor]:
     out_features, in_features = target.shape
     n = max(out_features, in_features)
     padded = target.new_zeros(n, n)
     padded[:out_features, :in_features] = target
-    rank_used = min(rank, n)  # n terms give every matrix
+    rank = min(structure.rank, n)  # n terms give every matrix
 
-    # Start from the displacement, and from the structured matrix LDR(r) contains with the rest of the rank on top.
-    unit = torch.zeros(n, dtype=target.dtype, device=target.device)
-    unit[0] = 1
-    contained = _circulant(target)[None], unit[None]
-    starts = [_generators(padded, rank_used)]
-    if rank_used > 1:
+    # start from the displacement, and from the structured matrix that LDR(r) contains with the rest of the rank on top
+    starts = [_generators(padded, rank)]
+    if rank == 1:
+        unit = torch.zeros_like(padded[:1])
+        unit[0, 0] = 1
+        starts.append((_circulant(target)[None], unit))
+    else:
         diagonals = _toeplitz(target, symmetric=False)
         wide = torch.cat([diagonals.new_zeros(n - in_features), diagonals, diagonals.new_zeros(n - out_features)])
-        single = torch.zeros(2 * n - 1, dtype=target.dtype, device=target.device)
-        single[n - 1] = 1
-        toeplitz = toeplitz_dense(single, wide, n, n, symmetric=False)
-        (g, h), (more_g, more_h) = _generators(toeplitz, 2), _generators(padded - toeplitz, rank_used - 2)
-        contained = torch.cat([g, more_g]), torch.cat([h, more_h])
-    starts.append(contained)
+        toeplitz = diagonals_to_dense(wide, n, n)
+        (g, h), (more_g, more_h) = _generators(toeplitz, 2), _generators(padded - toeplitz, rank - 2)
+        starts.append((torch.cat([g, more_g]), torch.cat([h, more_h])))
 
     def error(factors: tuple[Tensor, Tensor]) -> float:
-        return _error(ldr_dense(*factors, out_features, in_features), target)
+        return _error(structure.dense(*factors, out_features, in_features), target)
 
     candidates = list(starts)
     if steps and min(map(error, starts)) > 1e-12:
         candidates += [_alternate(start, target, steps // 2, bar) for start in starts]
         if out_features != in_features:
-            identity = torch.eye(in_features, dtype=target.dtype, device=target.device)
-            best = min(candidates, key=error)
-            candidates.append(
-                _descend(lambda g, h: ldr_matmul(identity, g, h, out_features).T, best, target, steps, bar)
-            )
-    first, second = _balance(*min(candidates, key=error))
-    zeros = target.new_zeros(rank - rank_used, n)
-    return torch.cat([first, zeros]), torch.cat([second, zeros])
+            candidates.append(_descend(LDR(rank), min(candidates, key=error), target, steps, bar))
+    a, b = _balance(*min(candidates, key=error))
+    zeros = target.new_zeros(structure.rank - rank, n)
+    return torch.cat([a, zeros]), torch.cat([b, zeros])
 
 
 def _alternate(

@@ -183,7 +183,7 @@ def test_surm_says_what_it_leaves_out(recwarn):
         model = get_peft_model(moe(), SurmConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
     assert len(model.targeted_module_names) == 8
     with pytest.warns(UserWarning, match="layers: model.layers.0.mlp.experts.down_proj, model.layers.1"):
-        get_peft_model(moe(), SurmConfig(task_type="CAUSAL_LM", place="adapter"))
+        get_peft_model(moe(), SurmConfig(task_type="CAUSAL_LM", placement="sequential"))
     recwarn.clear()
     get_peft_model(moe(), SurmConfig(task_type="CAUSAL_LM"))  # query, key and value: nothing is left out
     assert not [w for w in recwarn if "fused experts" in str(w.message)]

@@ -1,17 +1,18 @@
-"""SURM layers against dense algebra: both places, all structures, merge, several adapters, other PEFT methods."""
+"""SURM layers against dense algebra: both placements, all structures, merge, several adapters, other PEFT methods."""
 
 import copy
+import json
 
 import pytest
 import torch
-from peft import C3AConfig, LoKrConfig, get_peft_model
+from peft import C3AConfig, LoKrConfig, PeftConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 from transformers.pytorch_utils import Conv1D
 
 from hyperadapt_peft import SurmConfig
-from hyperadapt_peft.tuners.surm.structures import DENSE_UP_TO
+from hyperadapt_peft.tuners.surm.structures import LDR
 
 
 STRUCTURES = {
@@ -21,7 +22,7 @@ STRUCTURES = {
     "kronecker": {"structure": "kronecker"},
     "ldr": {"structure": "ldr", "r": 2},
 }
-WIDE = max(DENSE_UP_TO.values()) + 5  # products of both kinds, FFT and dense, are run
+WIDE = LDR.dense_up_to + 5  # products of both kinds, FFT and dense, are run
 LAYERS = {
     "square": lambda: nn.Linear(7, 7),
     "tall": lambda: nn.Linear(6, 9, bias=False),
@@ -54,8 +55,8 @@ def matrix(model, name="default"):
 
 @pytest.mark.parametrize("layer_name", LAYERS)
 @pytest.mark.parametrize("structure", STRUCTURES)
-class TestBothPlaces:
-    def test_lora_place_is_an_added_matrix(self, layer_name, structure):
+class TestBothPlacements:
+    def test_parallel_is_an_added_matrix(self, layer_name, structure):
         layer, model, x = adapt(layer_name, structure, alpha=0.7)
         expected = layer(x) + x @ matrix(model).T
         assert not torch.allclose(expected, layer(x))
@@ -69,8 +70,8 @@ class TestBothPlaces:
         assert type(merged.layer) is type(layer)
         torch.testing.assert_close(merged(x), expected)
 
-    def test_adapter_place_is_a_gelu_layer_after_it(self, layer_name, structure):
-        layer, model, x = adapt(layer_name, structure, place="adapter", alpha=0.7)
+    def test_sequential_is_a_gelu_layer_after_it(self, layer_name, structure):
+        layer, model, x = adapt(layer_name, structure, placement="sequential", alpha=0.7)
         model.base_model.model.layer.surm_bias["default"].weight.data.normal_()
         out = layer(x)
         expected = out + F.gelu(out @ matrix(model).T) + model.base_model.model.layer.surm_bias["default"].weight
@@ -80,19 +81,19 @@ class TestBothPlaces:
                 call()
         assert torch.equal(model.unload()(x), out)
 
-    @pytest.mark.parametrize("place", ["lora", "adapter"])
+    @pytest.mark.parametrize("placement", ["parallel", "sequential"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_identity_at_start_and_gradients_flow(self, layer_name, structure, place, dtype):
-        layer, model, x = adapt(layer_name, structure, dtype, place=place, init_weights=True)
+    def test_identity_at_start_and_gradients_flow(self, layer_name, structure, placement, dtype):
+        layer, model, x = adapt(layer_name, structure, dtype, placement=placement, init_weights=True)
         assert torch.equal(model(x), layer(x))
         model(x).square().sum().backward()
-        assert model.base_model.model.layer.surm_first["default"].weight.grad.abs().sum() > 0
+        assert model.base_model.model.layer.surm_A["default"].weight.grad.abs().sum() > 0
 
-    @pytest.mark.parametrize("place", ["lora", "adapter"])
-    def test_gradcheck(self, layer_name, structure, place):
-        _, model, x = adapt(layer_name, structure, place=place)
+    @pytest.mark.parametrize("placement", ["parallel", "sequential"])
+    def test_gradcheck(self, layer_name, structure, placement):
+        _, model, x = adapt(layer_name, structure, placement=placement)
         names = [name for name, p in model.named_parameters() if p.requires_grad]
-        assert len(names) == (2 if place == "lora" else 3)
+        assert len(names) == (2 if placement == "parallel" else 3)
         values = [model.get_parameter(name).detach().clone().requires_grad_() for name in names]
 
         def run(x, *values):
@@ -101,9 +102,9 @@ class TestBothPlaces:
         assert torch.autograd.gradcheck(run, (x.requires_grad_(), *values), fast_mode=True)
 
 
-def test_several_adapters_add_and_then_those_in_an_adapter_s_place_follow():
+def test_several_adapters_add_and_then_sequential_ones_follow():
     layer, model, x = adapt("square", "circulant")
-    model.add_adapter("after", SurmConfig(target_modules=["layer"], place="adapter", init_weights=False))
+    model.add_adapter("after", SurmConfig(target_modules=["layer"], placement="sequential", init_weights=False))
     model.add_adapter("second", SurmConfig(target_modules=["layer"], structure="ldr", init_weights=False))
     model.double()
     model.base_model.set_adapter(["after", "default", "second"])
@@ -118,7 +119,7 @@ def test_several_adapters_add_and_then_those_in_an_adapter_s_place_follow():
 
 def test_mixed_batch_is_each_sample_s_own_adapter():
     _, model, x = adapt("square", "toeplitz")
-    model.add_adapter("other", SurmConfig(target_modules=["layer"], place="adapter", init_weights=False))
+    model.add_adapter("other", SurmConfig(target_modules=["layer"], placement="sequential", init_weights=False))
     model.double().eval()
     names = ["other", "__base__", "default", "other"]
     x = torch.randn(4, 3, 7, dtype=torch.float64)
@@ -153,7 +154,7 @@ def test_autocast_and_compile_and_checkpointing_agree():
     compiled = torch.compile(model.get_base_model(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected)
     checkpointed = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
-    grads = [torch.autograd.grad(y.sum(), model.base_model.model.layer.surm_first["default"].weight)[0]
+    grads = [torch.autograd.grad(y.sum(), model.base_model.model.layer.surm_A["default"].weight)[0]
              for y in (model(x), checkpointed, compiled(x))]  # fmt: skip
     torch.testing.assert_close(grads[1], grads[0])
     torch.testing.assert_close(grads[2], grads[0])
@@ -180,8 +181,8 @@ def test_the_paper_s_parameter_counts(config, trained):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
 
 
-def test_houlsby_sites_are_the_default_of_the_adapter_place():
-    model = get_peft_model(bert_base(), SurmConfig(place="adapter"), low_cpu_mem_usage=True)
+def test_houlsby_sites_are_the_default_of_the_sequential_placement():
+    model = get_peft_model(bert_base(), SurmConfig(placement="sequential"), low_cpu_mem_usage=True)
     names = model.targeted_module_names
     assert len(names) == 24
     assert all(name.endswith(("attention.output.dense", ".output.dense")) for name in names)
@@ -198,8 +199,8 @@ def test_circulant_is_c3a_with_one_block():
     next(iter(c3a_layer.c3a_kernel.values())).data.copy_(kernel.reshape(1, 1, 8))
     surm = get_peft_model(Wrapper(copy.deepcopy(layer)), SurmConfig(target_modules=["layer"]))
     ours = surm.base_model.model.layer
-    ours.surm_first["default"].weight.data.copy_(kernel[-torch.arange(8) % 8] / 8)
-    ours.surm_second["default"].weight.data.fill_(1)
+    ours.surm_A["default"].weight.data.copy_(kernel[-torch.arange(8) % 8] / 8)
+    ours.surm_B["default"].weight.data.fill_(1)
     torch.testing.assert_close(ours.get_delta_weight("default"), c3a_layer.get_delta_weight("default"))
     x = torch.randn(3, 8)
     torch.testing.assert_close(ours(x), c3a_layer(x))
@@ -213,7 +214,7 @@ def test_kronecker_is_lokr():
     surm = get_peft_model(
         Wrapper(copy.deepcopy(layer)), SurmConfig(target_modules=["layer"], structure="kronecker")
     ).base_model.model.layer
-    for theirs, ours in ((lokr.lokr_w1, surm.surm_first), (lokr.lokr_w2, surm.surm_second)):
+    for theirs, ours in ((lokr.lokr_w1, surm.surm_A), (lokr.lokr_w2, surm.surm_B)):
         theirs["default"].data.normal_()
         ours["default"].weight.data.copy_(theirs["default"])
     torch.testing.assert_close(surm.get_delta_weight("default"), lokr.get_delta_weight("default"))
@@ -223,7 +224,7 @@ def test_kronecker_is_lokr():
     "config, message",
     [
         ({"structure": "hankel"}, "`structure` must be one of 'circulant', 'toeplitz', 'kronecker', 'ldr'"),
-        ({"place": "attention"}, "`place` must be one of 'lora', 'adapter'"),
+        ({"placement": "attention"}, "`placement` must be one of 'parallel', 'sequential'"),
         ({"r": 2}, "displacement rank of structure='ldr'"),
         ({"r": 0, "structure": "ldr"}, "`r` must be a positive integer"),
         ({"alpha": float("nan")}, "`alpha` must be a finite number"),
@@ -237,6 +238,19 @@ def test_config_fields_are_checked(config, message):
         SurmConfig(**config)
 
 
+@pytest.mark.parametrize("load", [SurmConfig.from_pretrained, PeftConfig.from_pretrained], ids=["own", "PEFT's"])
+def test_files_of_format_1_say_place(load, tmp_path):
+    """PEFT drops keys that a config does not take: without `place` the adapter would be parallel."""
+    SurmConfig(target_modules=["layer"]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    assert "place" not in config
+    del config["placement"]
+    for place, placement in {"lora": "parallel", "adapter": "sequential"}.items():
+        path.write_text(json.dumps({**config, "place": place}))
+        assert load(tmp_path).placement == placement
+
+
 def test_unknown_names_and_layers_are_refused():
     with pytest.raises(ValueError, match="specify `target_modules`.*q_proj"):
         get_peft_model(Wrapper(nn.Linear(4, 4)), SurmConfig())
@@ -248,14 +262,14 @@ def test_unknown_names_and_layers_are_refused():
 def test_init_from_updates_recovers_a_structured_update(structure):
     _, teacher, x = adapt("square", structure)
     _, model, _ = adapt("square", structure, alpha=0.5)
-    before = model.base_model.model.layer.surm_first["default"].weight.clone()
+    before = model.base_model.model.layer.surm_A["default"].weight.clone()
     for wrong, message in (
         ({"layer": torch.zeros(2, 2)}, "needs"),
-        ({"other": matrix(teacher)}, "no adapter default"),
+        ({"other": matrix(teacher)}, "no parallel adapter default"),
     ):
         with pytest.raises(ValueError, match=message):
             model.init_from_updates(wrong)
-    assert torch.equal(model.base_model.model.layer.surm_first["default"].weight, before)
+    assert torch.equal(model.base_model.model.layer.surm_A["default"].weight, before)
     errors = model.init_from_updates({"layer": matrix(teacher)})
     difference = (matrix(model) - matrix(teacher)).norm() / matrix(teacher).norm()
     assert abs(errors["layer"] - difference.item()) < 1e-6
