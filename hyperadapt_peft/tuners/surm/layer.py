@@ -76,8 +76,7 @@ class SurmLayer(TargetLayer):
     def product(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """`alpha x dW^T` with dropout on x: (..., in) to (..., out)."""
         a, b = self.surm_A[adapter_name](), self.surm_B[adapter_name]()
-        x = self.surm_dropout[adapter_name](x)
-        a = self.surm_config[adapter_name].alpha * a
+        x, a = self.surm_dropout[adapter_name](x), self.surm_config[adapter_name].alpha * a
         return self.surm_structure[adapter_name].matmul(x, a, b, self.out_features)
 
     def matrix(self, adapter_name: str) -> torch.Tensor:
@@ -118,14 +117,15 @@ class Linear(SurmLayer):
     def add_update(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """Return the output `result` for the input `x` with one adapter's update, in its dtype."""
         if self.surm_config[adapter_name].placement == "parallel":
-            return result + self.product(x, adapter_name).to(result.dtype)
-        update = F.gelu(self.product(result, adapter_name)) + self.surm_bias[adapter_name]()
-        return result + update.to(result.dtype)
+            update = self.product(x, adapter_name)
+        else:
+            update = F.gelu(self.product(result, adapter_name)) + self.surm_bias[adapter_name]()
+        return result + (self.scaling[adapter_name] * update).to(result.dtype)
 
     def adapted_weight(self, weight: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         for name in adapter_names:
-            update = self.matrix(name).to(weight)
+            update = (self.scaling[name] * self.matrix(name)).to(weight)
             weight = weight + (update.T if isinstance(self.get_base_layer(), Conv1D) else update)
         return weight
 

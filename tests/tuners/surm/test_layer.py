@@ -117,6 +117,30 @@ def test_several_adapters_add_and_then_sequential_ones_follow():
     assert model.get_model_status().merged_adapters == []
 
 
+@pytest.mark.parametrize("placement", ["parallel", "sequential"])
+def test_set_scale_and_scale_layer_are_the_update_s_strength(placement):
+    layer, model, x = adapt("square", "toeplitz", placement=placement, alpha=0.7)
+    surm, base, full = model.base_model.model.layer, layer(x), model(x)
+
+    def assert_strength(strength):
+        torch.testing.assert_close(model(x), base + strength * (full - base))
+
+    model.base_model.set_scale("default", -0.5)
+    assert_strength(-0.5)
+    surm.scale_layer(4)
+    assert_strength(-2)
+    if placement == "parallel":
+        model.merge_adapter()
+        assert_strength(-2)
+        with pytest.raises(ValueError, match="default is merged"):
+            model.base_model.set_scale("default", 1)
+        model.unmerge_adapter()
+    surm.unscale_layer(2)
+    assert_strength(-1)
+    surm.unscale_layer()
+    assert_strength(1)
+
+
 def test_mixed_batch_is_each_sample_s_own_adapter():
     _, model, x = adapt("square", "toeplitz")
     model.add_adapter("other", SurmConfig(target_modules=["layer"], placement="sequential", init_weights=False))
