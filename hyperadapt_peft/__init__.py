@@ -8,7 +8,6 @@ from .integrations.hub import keep_usage
 from .integrations.saving import save_whole
 from .tuners.common.loading import guard_loading
 from .tuners.hyperadapt import HyperAdaptConfig, HyperAdaptModel
-from .tuners.hyperadapt.learning_rate import warn_of_slow_rates
 from .tuners.surm import SurmConfig, SurmModel
 from .version import __version__
 
@@ -16,7 +15,6 @@ from .version import __version__
 guard_loading()
 keep_usage()
 save_whole()
-warn_of_slow_rates()
 
 __all__ = [
     "HyperAdaptConfig",

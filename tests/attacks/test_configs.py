@@ -31,7 +31,7 @@ WRONG = {
     "layers_to_transform": ["0", 1.0, {}, True, [True], ["0"], [[0]], -1, [0, -1], 2**31],
     "layers_pattern": [1, {}, True, [1], [None], ["("], [""]],
     "trainable_token_indices": ["0", 1.0, True, [True], [[1]], [-1], [2**70], {"embed_tokens": "1"}, {"embed_tokens": [-1]}],
-    "format_version": ["1", 1.0, 0, -1, 2**31, None, True, [], {}],
+    "format_version": ["1", 1.0, 0, -1, 2**31, True, [], {}],
     "target_parameters": ["down_proj", 1, {}, True, [1], [None]],
     "save_memory": ["yes", 0, 1, None, [], {}],
     "sides": ["rows", "", 1, None, ["row"], {}, True],

@@ -36,7 +36,6 @@ OTHERS = ("accelerate", "datasets", "pillow", "pytest", "pyyaml", "scikit-learn"
 TESTS = (
     "tests/golden",
     "tests/tuners/hyperadapt/test_functional.py",
-    "tests/tuners/hyperadapt/test_learning_rate.py",
     "tests/tuners/hyperadapt/test_merge.py",
     "tests/tuners/hyperadapt/test_mixed_batch.py",
     "tests/integrations/test_transformers.py",

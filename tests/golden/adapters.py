@@ -15,11 +15,15 @@ EXPECTED = "expected.safetensors"
 LINEAR = ["first", "second"]
 EVERY = ["embedding", "conv", "image", *LINEAR]
 CONFIGS = {
-    "hyperadapt": lambda: HyperAdaptConfig(target_modules=EVERY),
-    "hyperadapt-row": lambda: HyperAdaptConfig(target_modules=EVERY, sides="row"),
-    "hyperadapt-column": lambda: HyperAdaptConfig(target_modules=EVERY, sides="column"),
+    "hyperadapt": lambda: HyperAdaptConfig(target_modules=EVERY, alpha=2.0),
+    "hyperadapt-row": lambda: HyperAdaptConfig(target_modules=EVERY, sides="row", alpha=2.0),
+    "hyperadapt-column": lambda: HyperAdaptConfig(target_modules=EVERY, sides="column", alpha=-0.5),
     "hyperadapt-and-more": lambda: HyperAdaptConfig(
-        target_modules=LINEAR, modules_to_save=["head"], bias="all", trainable_token_indices={"embedding": [2, 5]}
+        target_modules=LINEAR,
+        modules_to_save=["head"],
+        bias="all",
+        trainable_token_indices={"embedding": [2, 5]},
+        alpha=2.0,
     ),
     "surm-circulant": lambda: SurmConfig(target_modules=LINEAR, structure="circulant", alpha=0.5),
     "surm-toeplitz": lambda: SurmConfig(target_modules=LINEAR, structure="toeplitz"),

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 
 from hyperadapt_peft.tuners.common.config import FORMAT_VERSION
@@ -40,7 +40,6 @@ def test_the_outputs_are_what_they_were(path):
         ("1", "must be a positive int, not '1'"),
         (0, "must be a positive int, not 0"),
         (True, "must be a positive int, not True"),
-        (None, "must be a positive int, not None"),
     ],
 )
 def test_a_version_this_code_does_not_know_is_refused(tmp_path, version, message):
@@ -58,4 +57,14 @@ def test_a_file_from_before_the_field_is_of_version_1(tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     del config["format_version"]
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    assert PeftModel.from_pretrained(Base(), tmp_path).peft_config["default"].format_version == 1
+    assert PeftConfig.from_pretrained(tmp_path).alpha == 1
+
+
+def test_version_1_is_alpha_1_and_is_saved_as_the_current_version(tmp_path):
+    path = DIRECTORY / "v1" / "hyperadapt"
+    model = PeftModel.from_pretrained(Base(), path).eval()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["format_version"], config["alpha"]) == (FORMAT_VERSION, 1)
+    again = PeftModel.from_pretrained(Base(), tmp_path).eval()
+    assert torch.equal(again(inputs()), model(inputs()))

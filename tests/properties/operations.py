@@ -72,12 +72,12 @@ class Dense:
         return (merged or self.active) if self.enabled else []
 
 
-def offsets(layer: Any, name: str) -> tuple[Tensor, Tensor]:
-    """(row, column) offsets in float64, zeros on a side that has none."""
+def offsets(layer: Any, name: str, alpha: float) -> tuple[Tensor, Tensor]:
+    """(row, column) offsets from 1 in float64, zeros on a side that has none."""
     sides = []
     for side, size in (("hyperadapt_row", layer.out_features), ("hyperadapt_column", layer.in_features)):
         scales = getattr(layer, side)
-        sides.append(scales[name].weight.detach().double() if name in scales else torch.zeros(size).double())
+        sides.append(alpha * scales[name].weight.detach().double() if name in scales else torch.zeros(size).double())
     return sides[0], sides[1]
 
 
@@ -131,7 +131,8 @@ class Sequence:
         targets = self.rng.choice((["0", "2"], ["0"], ["2"]))
         if self.method == "hyperadapt":
             sides: Any = self.rng.choice(("both", "both", "row", "column"))
-            return HyperAdaptConfig(target_modules=targets, sides=sides, init_weights=False)
+            alpha = self.rng.choice((1.0, 5.0, -0.5))
+            return HyperAdaptConfig(target_modules=targets, sides=sides, init_weights=False, alpha=alpha)
         structure: Any = self.rng.choice(STRUCTURES)
         r = self.rng.randint(1, 3) if structure == "ldr" else 1
         return SurmConfig(
@@ -145,10 +146,11 @@ class Sequence:
             layer = self.layer(key)
             if isinstance(layer, nn.Linear) or name not in layer._get_available_adapters():
                 continue
+            config = self.model.peft_config[name]
             if self.method == "hyperadapt":
-                updates[key] = offsets(layer, name)
+                updates[key] = offsets(layer, name, config.alpha)
             else:
-                updates[key] = dense_surm(layer, name, self.model.peft_config[name])
+                updates[key] = dense_surm(layer, name, config)
         self.dense.updates[name], self.dense.strengths[name] = updates, 1.0
 
     def layer(self, key: str) -> Any:

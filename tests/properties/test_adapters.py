@@ -53,7 +53,7 @@ def test_shapes_and_dtypes(rows, columns, bias, dtype, config, batch):
         layer = model.base_model.model[0]
         weight = layer.base_layer.weight.double()
         if config_cls is HyperAdaptConfig:
-            row, column = offsets(layer, "default")
+            row, column = offsets(layer, "default", config.alpha)
             weight = (1 + row)[:, None] * weight * (1 + column)
         else:
             weight = weight + dense_surm(layer, "default", config)

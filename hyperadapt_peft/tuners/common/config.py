@@ -14,7 +14,7 @@ from torch import nn
 from ...integrations.hub import add_usage
 
 
-FORMAT_VERSION = 1  # of adapter files; raised as tests/golden/README.md says
+FORMAT_VERSION = 2  # of adapter files; raised as tests/golden/README.md says
 
 
 @dataclass
@@ -43,7 +43,8 @@ class TargetConfig(PeftConfig):
         trainable_token_indices (`Optional[Union[list[int], dict[str, list[int]]]]`):
             Ids of tokens whose embeddings are trained as well, as in PEFT's `LoraConfig`.
         format_version (`int`):
-            The version of the adapter's file format, not to be set by hand. Files of a newer one are refused.
+            The version of the adapter's file format, not to be set by hand. Files of an older one are converted, files
+            of a newer one are refused.
 
     Raises:
         TypeError: If a field has a value of the wrong type.
@@ -85,12 +86,14 @@ class TargetConfig(PeftConfig):
         default=None,
         metadata={"help": "Ids of tokens whose embeddings are trained as well."},
     )
-    format_version: int = field(
-        default=FORMAT_VERSION,
+    format_version: Optional[int] = field(
+        default=None,
         metadata={"help": "The version of the adapter's file format, not to be set by hand."},
     )
 
     def __post_init__(self):
+        if self.format_version is None:  # PEFT writes its version into every file; the first files had no other
+            self.format_version = FORMAT_VERSION if self.peft_version is None else 1
         super().__post_init__()
         if type(self.format_version) is not int or self.format_version < 1:
             raise TypeError(f"`format_version` must be a positive int, not {self.format_version!r}.")
@@ -99,6 +102,8 @@ class TargetConfig(PeftConfig):
                 f"The adapter's `format_version` is {self.format_version}, and this hyperadapt_peft reads versions up to "
                 f"{FORMAT_VERSION}. Upgrade it: `pip install --upgrade hyperadapt_peft`."
             )
+        self._read_version(self.format_version)
+        self.format_version = FORMAT_VERSION
         self.target_modules = names_or_regex(self.target_modules, "target_modules")
         self.exclude_modules = names_or_regex(self.exclude_modules, "exclude_modules")
         if isinstance(self.modules_to_save, str):
@@ -123,6 +128,9 @@ class TargetConfig(PeftConfig):
             raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+
+    def _read_version(self, version: int) -> None:
+        """Give the fields the meaning that a file of this version had."""
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save `adapter_config.json`, and in the README beside it how to install and load the adapter.

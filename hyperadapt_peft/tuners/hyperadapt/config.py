@@ -9,6 +9,9 @@ from ...integrations.peft import add_peft_type
 from ..common.config import TargetConfig, names_or_regex, one_of
 
 
+DEFAULT_ALPHA = 5.0
+
+
 @dataclass
 class HyperAdaptConfig(TargetConfig):
     """Configuration of a [`HyperAdaptModel`]: `W' = A W B` with trained diagonal matrices A and B.
@@ -16,6 +19,9 @@ class HyperAdaptConfig(TargetConfig):
     Args:
         sides (`Literal["both", "row", "column"]`):
             Which scales are trained: of an n x m weight the n of its rows, the m of its columns, or (default) both.
+        alpha (`float`):
+            The factor of what is trained: a scale is `1 + alpha * d`, with d trained and saved. 5.0 by default. Adam's
+            steps do not depend on a gradient's size, so the scales move by alpha times the learning rate.
         save_memory (`bool`):
             Whether training keeps nothing for the scales but each layer's input, and computes each base layer a second
             time in the backward pass. Default `False`. It changes neither outputs nor what is saved.
@@ -34,6 +40,10 @@ class HyperAdaptConfig(TargetConfig):
         default="both",
         metadata={"help": "Train the scales of the weight's rows, of its columns, or of both."},
     )
+    alpha: float = field(
+        default=DEFAULT_ALPHA,
+        metadata={"help": "The scales are 1 + alpha * d, where d is trained; not 0."},
+    )
     save_memory: bool = field(
         default=False,
         metadata={"help": "Keep less for the backward pass and compute the base layers twice instead."},
@@ -50,7 +60,13 @@ class HyperAdaptConfig(TargetConfig):
         self.peft_type = add_peft_type("HYPERADAPT")
         super().__post_init__()
         one_of(self.sides, "sides", ("both", "row", "column"))
+        if type(self.alpha) not in (int, float) or not 0 < abs(self.alpha) < float("inf"):
+            raise ValueError(f"`alpha` must be a finite number and not 0, not {self.alpha!r}.")
         one_of(self.save_memory, "save_memory", (True, False))
         if isinstance(self.target_parameters, str):
             raise TypeError("`target_parameters` must be a list of strings or None.")
         names_or_regex(self.target_parameters, "target_parameters")
+
+    def _read_version(self, version: int) -> None:
+        if version == 1:
+            self.alpha = 1.0

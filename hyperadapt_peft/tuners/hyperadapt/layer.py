@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Optional
-from weakref import WeakSet
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -22,14 +21,12 @@ from .functional import can_fuse, scale, scale_input, scale_output, scaled_linea
 # Their outputs are new tensors that nobody else holds, so they may be scaled in place.
 FRESH = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-SCALES: WeakSet[Scale] = WeakSet()  # all there are, for `learning_rate`
-
 
 class Scale(nn.Module):
-    """One scale per row or per column, stored as its offset from 1 (0 is the identity).
+    """One scale `1 + alpha * d` per row or per column, stored as d (0 is the identity).
 
-    As an offset, a bf16 copy keeps the update's relative precision, weight decay pulls to the identity, and missing
-    values mean the identity. It is a module so that FSDP, ZeRO and offloading, which act on modules' forwards, see it.
+    So a bf16 copy keeps the update's relative precision, weight decay pulls to the identity, and missing values mean the
+    identity. It is a module so that FSDP, ZeRO and offloading, which act on modules' forwards, see it.
 
     Args:
         *shape (`int`): The number of rows or columns, after the number of matrices if there are several.
@@ -38,7 +35,6 @@ class Scale(nn.Module):
     def __init__(self, *shape: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(shape))
-        SCALES.add(self)
 
     def forward(self) -> torch.Tensor:
         return self.weight.clone()  # sharded engines free the weight after this call
@@ -51,12 +47,13 @@ class HyperAdaptLayer(TargetLayer):
     """
 
     adapter_layer_names = ("hyperadapt_row", "hyperadapt_column")
-    other_param_names = ("scaling", "hyperadapt_save_memory")
+    other_param_names = ("scaling", "hyperadapt_alpha", "hyperadapt_save_memory")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: HyperAdaptConfig, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
         self.hyperadapt_row = nn.ModuleDict()
         self.hyperadapt_column = nn.ModuleDict()
+        self.hyperadapt_alpha: dict[str, float] = {}
         self.hyperadapt_save_memory: dict[str, bool] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
@@ -77,6 +74,7 @@ class HyperAdaptLayer(TargetLayer):
     def update_layer(self, adapter_name: str, config: HyperAdaptConfig) -> None:
         """Add an adapter, at the identity unless `config.init_weights` is False."""
         self.scaling[adapter_name] = 1.0
+        self.hyperadapt_alpha[adapter_name] = config.alpha
         self.hyperadapt_save_memory[adapter_name] = config.save_memory
         if config.sides != "column":
             self.hyperadapt_row[adapter_name] = Scale(*self.stack_shape, self.num_rows)
@@ -90,12 +88,15 @@ class HyperAdaptLayer(TargetLayer):
         """Set an adapter to the identity, or with `init_weights=False` to random scales around it."""
         for scales in (self.hyperadapt_row, self.hyperadapt_column):
             if adapter_name in scales:
-                nn.init.normal_(scales[adapter_name].get_parameter("weight"), std=0.0 if init_weights else 0.3)
+                std = 0.0 if init_weights else 0.3 / abs(self.hyperadapt_alpha[adapter_name])
+                nn.init.normal_(scales[adapter_name].get_parameter("weight"), std=std)
 
     def get_offsets(self, adapter_name: str) -> Offsets:
-        """Return an adapter's offsets from 1 of rows (n,) and columns (m,), detached; None where it has none."""
-        pair = (self.hyperadapt_row, self.hyperadapt_column)
-        row, column = (scales[adapter_name]().detach() if adapter_name in scales else None for scales in pair)
+        """Return an adapter's offsets `alpha * d` of rows (n,) and columns (m,), detached; None where it has none."""
+        row, column = (
+            self.hyperadapt_alpha[adapter_name] * scales[adapter_name]().detach() if adapter_name in scales else None
+            for scales in (self.hyperadapt_row, self.hyperadapt_column)
+        )
         return row, column
 
     def combined_offsets(self, adapter_names: list[str], combine: Callable[[list[Offsets]], Offsets]) -> Offsets:
@@ -114,13 +115,12 @@ class HyperAdaptLayer(TargetLayer):
         for scales, offset in ((self.hyperadapt_row, row), (self.hyperadapt_column, column)):
             if adapter_name in scales:
                 weight = scales[adapter_name].get_parameter("weight")
-                weight.data = torch.zeros_like(weight) if offset is None else offset.to(weight.device)
+                weight.data = torch.zeros_like(weight) if offset is None else offset.to(weight.device) / config.alpha
                 weight.requires_grad_(False)
 
     def offset(self, scales: nn.ModuleDict, adapter_name: str) -> torch.Tensor:
         """Return one adapter's offset from 1 at its strength, (size,)."""
-        strength = self.scaling[adapter_name]
-        return scales[adapter_name]() if strength == 1 else strength * scales[adapter_name]()
+        return self.hyperadapt_alpha[adapter_name] * self.scaling[adapter_name] * scales[adapter_name]()
 
     def active_offset(self, scales: nn.ModuleDict) -> Optional[torch.Tensor]:
         """Return the offset from 1 of the product of the active adapters' scales, (size,), or None without any."""

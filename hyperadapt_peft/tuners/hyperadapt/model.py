@@ -124,17 +124,17 @@ class HyperAdaptModel(TargetModel):
         """Make a new, inactive adapter from existing ones; named as PEFT's LoRA names it.
 
         The combination is computed in a canonical gauge, so it depends on the adapters' updates and not on how they
-        are split between rows and columns. The weights (1, 0) give the first adapter, and equal adapters whose weights
-        sum to 1 give themselves, for the first two types.
+        are split between rows and columns. The new adapter has the first one's `alpha`. The weights (1, 0) give the
+        first adapter, and equal adapters whose weights sum to 1 give themselves, for the first two types.
 
         Args:
             adapters (`list[str]`): The adapters to combine.
             weights (`list[float]`): One weight for each, of any sign.
             adapter_name (`str`): The name of the new adapter.
             combination_type (`str`, defaults to `"linear"`):
-                Of the scales `1 + d_k`: `"linear"` gives `1 + sum w_k d_k`; `"log"` gives `prod (1 + d_k) ** w_k`, for
-                which all scales must be positive; `"product"` gives `prod (1 + w_k d_k)`, which is the adapters
-                active together at the strengths w_k.
+                Of the scales `1 + d_k`, where `d_k` is the trained numbers times the adapter's `alpha`: `"linear"` gives
+                `1 + sum w_k d_k`; `"log"` gives `prod (1 + d_k) ** w_k`, for which all scales must be positive;
+                `"product"` gives `prod (1 + w_k d_k)`, which is the adapters active together at the strengths w_k.
 
         Raises:
             ValueError: If an adapter is unknown, has more than scales (`modules_to_save`, `trainable_token_indices`,

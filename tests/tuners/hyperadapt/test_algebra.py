@@ -18,10 +18,15 @@ def scales(*values):
 def model_of(**adapters) -> PeftModel:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
-    (first, config), *others = adapters.items()
-    model = get_peft_model(base, HyperAdaptConfig(**{"target_modules": ["0", "2"], **config}), first)
-    for name, config in others:
-        model.add_adapter(name, HyperAdaptConfig(**{"target_modules": ["0", "2"], **config}))
+    alphas = iter((2.0, 0.5, 1.0))
+    configs = {
+        name: HyperAdaptConfig(**{"target_modules": ["0", "2"], "alpha": next(alphas), **config})
+        for name, config in adapters.items()
+    }
+    first, *others = configs
+    model = get_peft_model(base, configs[first], first)
+    for name in others:
+        model.add_adapter(name, configs[name])
     generator = torch.Generator().manual_seed(1)
     for name, p in model.named_parameters():
         if ".hyperadapt_" in name:
@@ -89,11 +94,11 @@ def test_log_is_the_geometric_mean_and_product_is_both_at_once():
 
 def test_log_refuses_signs_it_cannot_take_and_names_the_layer():
     model = model_of(a={}, b={})
-    model.base_model.model[2].hyperadapt_row["b"].weight.data[1] = -1.5
+    model.base_model.model[2].hyperadapt_row["b"].weight.data[1] = -1.5 / 0.5
     before = set(model.state_dict())
     with pytest.raises(ValueError, match="2: negative scales have no logarithm; use combination_type='linear'"):
         model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "new", "log")
-    model.base_model.model[2].hyperadapt_row["b"].weight.data[1] = -1
+    model.base_model.model[2].hyperadapt_row["b"].weight.data[1] = -1 / 0.5
     with pytest.raises(ValueError, match="2: a scale is zero"):
         model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "new", "log")
     with pytest.raises(ValueError, match="2: a scale is zero, which nothing can undo"):

@@ -20,7 +20,7 @@ def adapt(dtype, adapter_dtype, bias=True):
     """A linear layer of `dtype`, HyperAdapt on it with scales of `adapter_dtype`, and many inputs."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(64, 48, bias=bias)).to(dtype)
-    model = get_peft_model(base, HyperAdaptConfig(target_modules=["0"]), autocast_adapter_dtype=False)
+    model = get_peft_model(base, HyperAdaptConfig(target_modules=["0"], alpha=1.0), autocast_adapter_dtype=False)
     layer = model.base_model.model[0]
     scales = layer.hyperadapt_row["default"], layer.hyperadapt_column["default"]
     row, column = (scale.to(adapter_dtype).weight for scale in scales)

@@ -233,13 +233,15 @@ def test_gradients_equal_the_dense_formula_s(transposed):
     model = nn.Sequential(base)
     model = get_peft_model(
         model,
-        HyperAdaptConfig(target_parameters=["0.weight"], init_weights=False),
+        HyperAdaptConfig(target_parameters=["0.weight"], init_weights=False, alpha=2.0),
         autocast_adapter_dtype=False,
     ).double()
     layer = model.base_model.model[0]
     x = torch.randn(3, 2, 4 if transposed else 5, dtype=torch.double, requires_grad=True)
     model(x).square().sum().backward()
-    got = [layer.hyperadapt_row["default"].weight.grad, layer.hyperadapt_column["default"].weight.grad, x.grad]
+    # of the trained numbers, whose offsets are 2 times as large
+    row, column = (scales["default"].weight.grad / 2 for scales in (layer.hyperadapt_row, layer.hyperadapt_column))
+    got = [row, column, x.grad]
     row, column = (offset.clone().requires_grad_() for offset in layer.get_offsets("default"))
     weight = base.weight.detach().mT if transposed else base.weight.detach()
     x = x.detach().requires_grad_()
@@ -261,7 +263,7 @@ def test_bf16_is_rounded_as_merging_rounds_it(name):
     model = adapted(name, torch.bfloat16)
     out = logits(model)
     for layer in wrappers(model).values():
-        weight = layer.scaled(*(s["default"].weight.detach() for s in (layer.hyperadapt_row, layer.hyperadapt_column)))
+        weight = layer.scaled(*layer.get_offsets("default"))
         assert weight.dtype == torch.bfloat16 and torch.equal(weight, dense(layer).float().bfloat16())
     for layer in list(wrappers(model).values()):
         layer.merge()
@@ -426,7 +428,7 @@ def test_several_adapters(name):
 def test_adapter_algebra_expert_by_expert():
     model = adapted()
     torch.manual_seed(2)
-    model.add_adapter("second", config(init_weights=False))
+    model.add_adapter("second", config(init_weights=False, alpha=1.0))
     out = logits(model)
     model.add_weighted_adapter(["default", "second"], [1.0, 0.0], "first", "linear")
     model.add_weighted_adapter(["default", "default"], [0.5, 0.5], "mean", "linear")

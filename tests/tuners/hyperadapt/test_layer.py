@@ -50,7 +50,7 @@ def adapt(name, dtype=torch.float64, **config):
     return layer, get_peft_model(Wrapper(copy.deepcopy(layer)), config, autocast_adapter_dtype=False).eval(), x
 
 
-def offsets(model, side, name="default"):
+def trained(model, side, name="default"):
     return getattr(model.base_model.model.layer, f"hyperadapt_{side}")[name].weight
 
 
@@ -62,7 +62,8 @@ def dense(layer, model, adapters=("default",)):
         weight = weight.T
     groups = getattr(layer, "groups", 1)
     for adapter in adapters:
-        a, b = 1 + offsets(model, "row", adapter).detach(), 1 + offsets(model, "column", adapter).detach()
+        alpha = model.peft_config[adapter].alpha
+        a, b = (1 + alpha * trained(model, side, adapter).detach() for side in ("row", "column"))
         n, m = weight.shape[:2]
         for i in range(n):
             for j in range(m):
@@ -114,7 +115,7 @@ def test_gradcheck(name, sides):
 @pytest.mark.parametrize("name", ["linear", "conv2d-groups", "embedding"])
 def test_active_adapters_multiply_in_any_order(name):
     layer, model, x = adapt(name)
-    model.add_adapter("second", HyperAdaptConfig(target_modules=["layer"], init_weights=False))
+    model.add_adapter("second", HyperAdaptConfig(target_modules=["layer"], init_weights=False, alpha=-0.7))
     model.to(torch.float64)
     expected = dense(layer, model, ("default", "second"))(x)
     for order in (["default", "second"], ["second", "default"]):
@@ -149,10 +150,10 @@ def test_parameter_count_is_rows_plus_columns(name):
 
 def test_scales_below_half_an_ulp_of_one_still_move_bf16_outputs():
     """1 + 0.003 rounds to 1 in bf16; x + x * 0.003 does not, for x in the upper half of its binade."""
-    layer, model, x = adapt("linear-no-bias", torch.bfloat16, init_weights=True, sides="row")
+    layer, model, x = adapt("linear-no-bias", torch.bfloat16, init_weights=True, sides="row", alpha=1.0)
     assert torch.tensor(1.003, dtype=torch.bfloat16) == 1
     x = torch.full_like(x, 1.9)
-    offsets(model, "row").data.fill_(0.003)
+    trained(model, "row").data.fill_(0.003)
     assert not torch.equal(model(x), layer(x))
 
 

@@ -43,7 +43,7 @@ def test_a_thousand_cycles_in_bf16_change_no_bit():
 
 @pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan")], ids=["zero-scale", "inf", "nan"])
 def test_scales_that_division_could_not_undo(value):
-    model = adapted()
+    model = adapted(alpha=1.0)
     before = base_state(model)
     model.base_model.model[0].hyperadapt_row["default"].weight.data[1] = value
     model.merge_adapter()
@@ -78,7 +78,7 @@ def test_overflow_in_a_half_precision_merge_is_found():
 
 def test_merge_rounds_once():
     """Two scales of 1.005 in bf16 steps would each be lost; their fp32 product is not."""
-    model = adapted(torch.bfloat16, init_weights=True)
+    model = adapted(torch.bfloat16, init_weights=True, alpha=1.0)
     layer = model.base_model.model[0]
     layer.hyperadapt_row["default"].weight.data.fill_(0.003)
     layer.hyperadapt_column["default"].weight.data.fill_(0.003)
