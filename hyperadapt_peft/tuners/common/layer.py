@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from typing import Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -13,6 +13,10 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 
 from .quantization import dequantized
+
+
+if TYPE_CHECKING:
+    from .mixed_batch import BatchNames
 
 
 class TargetLayer(nn.Module, BaseTunerLayer):
@@ -94,7 +98,7 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def mixed_batch_forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+        self, x: torch.Tensor, *args: Any, adapter_names: BatchNames, **kwargs: Any
     ) -> torch.Tensor:
         """The base layer's output with one adapter, or none, per sample; the base layer is called once."""
         raise NotImplementedError
@@ -103,28 +107,33 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         """Return `weight`, in fp32 or wider, with the adapters applied. `weight` is left as it is."""
         raise NotImplementedError
 
+    def has_adapter(self, adapter_name: str) -> bool:
+        """Return whether an adapter is on this layer."""
+        return any(adapter_name in getattr(self, name) for name in self.adapter_layer_names)
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is not None:
-            self._check_adapter_names(x, adapter_names)
+        if self.merged and adapter_names is not None:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
+        if adapter_names is None:
+            return self.adapted_forward(x, *args, **kwargs)
+        if not any(map(self.has_adapter, adapter_names.unique)):
+            return self.base_layer(x, *args, **kwargs)
+        if len(x) == len(adapter_names):
             return self.mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        return self.adapted_forward(x, *args, **kwargs)
-
-    def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str]) -> None:
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
+        if x.dim() == 2 and len(x) == len(adapter_names) * adapter_names.tokens:  # flattened, in the samples' order
+            x = x.unflatten(0, (len(adapter_names), adapter_names.tokens))
+            return self.mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs).flatten(0, 1)
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(adapter_names)} and {len(x)} respectively."
+        )
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """Merge adapters into the base weight, computed in fp32 from the unmerged weight and rounded once.

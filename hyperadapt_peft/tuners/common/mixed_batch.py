@@ -2,34 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Optional
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
-from .layer import modules_around_adapters
+from .layer import TargetLayer, modules_around_adapters
 
 
 BASE = "__base__"  # the name that stands for the base model
 
 
 class BatchNames(list[str]):
-    """The adapter names of a batch's samples, and what the layers made of them: `memo` lasts for one model call.
+    """The adapter names of a batch's samples, for one call of the model or of `generate`.
 
-    A call to `generate` runs the model many times with the same names and the same adapters.
+    `unique` are the different names, `tokens` is how many positions a sample has in the model's own input, and `memo` is
+    what layers keep for the rest of the call.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
         super().__init__(names)
+        self.unique = list(dict.fromkeys(self))
+        numbers = {name: i for i, name in enumerate(self.unique)}
+        self.rows = tuple(numbers[name] for name in self)
+        self.tokens = 1
         self.memo: dict[Any, Any] = {}
 
+    def tensor(self, values: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return `values` as a tensor, made once for all layers: a copy to the device is not free."""
+        key = values, dtype, device
+        if key not in self.memo:
+            self.memo[key] = torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+        return self.memo[key]
 
-# The names of the call that runs in this thread (or task), and those names repeated for generation.
-_names: ContextVar[Optional[tuple[BatchNames, BatchNames]]] = ContextVar("adapter_names", default=None)
+    def gather(self, table: torch.Tensor) -> torch.Tensor:
+        """Return each sample's row of a table of the unique names: (unique, ...) -> (batch, ...)."""
+        if len(self.unique) == len(self):
+            return table
+        return table.index_select(0, self.tensor(self.rows, torch.long, table.device))
+
+
+def stack_weights(modules: nn.ModuleDict, adapter_names: list[str]) -> Optional[torch.Tensor]:
+    """Return these adapters' weights, (names, ...), with zeros where one has none, or None where none has any.
+
+    They are read anew at every call, so there is nothing that could be outdated; a gather from a table of all adapters
+    would copy as much. Modules are called only where somebody wants to see it (FSDP, ZeRO, offloading): that takes ten
+    times as long as the stacking itself.
+    """
+    weights: list[Any] = []
+    for name in adapter_names:
+        module: Any = modules._modules.get(name)
+        if module is None:
+            weights.append(None)
+        elif module._forward_pre_hooks or "forward" in module.__dict__ or "weight" not in module._parameters:
+            weights.append(module())
+        else:
+            weights.append(module._parameters["weight"])
+    some = next((weight for weight in weights if weight is not None), None)
+    if some is None:
+        return None
+    if any(weight is None for weight in weights):
+        zeros = torch.zeros_like(some)
+        weights = [zeros if weight is None else weight for weight in weights]
+    return torch.stack(weights)
+
+
+class _Call:
+    """A call with adapter names: those of its samples and, as generation repeats samples, those repeated."""
+
+    def __init__(self, names: BatchNames, repeated: BatchNames) -> None:
+        self.names, self.repeated = names, repeated
+        self.shape = torch.Size((len(names), 1))  # of the innermost model's own input: samples, positions, ...
+
+    def names_of(self, inputs: torch.Tensor) -> BatchNames:
+        """Return the names for a layer's input: one for each row, or for all the rows of a sample's tokens."""
+        samples, tokens = self.shape[:2]
+        for names in (self.repeated, self.names):
+            names.tokens = tokens
+            if len(names) == samples and len(inputs) in (samples, samples * tokens):
+                return names
+        return self.repeated if len(inputs) == len(self.repeated) else self.names
+
+
+# The call that runs in this thread (or task).
+_call: ContextVar[Optional[_Call]] = ContextVar("adapter_names", default=None)
 
 
 @contextmanager
@@ -39,7 +102,8 @@ def adapter_names_hooks(
     """While it is open, give every tuner layer its samples' adapter names.
 
     Generation repeats each input for its beams or return sequences, but not in an encoder; the names are repeated
-    where the inputs were.
+    where the inputs were. In training each sample's gradient goes to its own adapter, under transformers' gradient
+    checkpointing too.
 
     Several threads may call one model, each with names of its own or without, while another thread adds adapters, or
     deletes adapters that no running call names.
@@ -52,7 +116,8 @@ def adapter_names_hooks(
 
     Raises:
         TypeError: If `adapter_names` is not a list or tuple of str.
-        ValueError: If the model is in training mode, or there is no adapter of a given name.
+        ValueError: If there is no adapter of a given name, it adapts single experts, which see the tokens of all samples
+            in an order of their own, or it is frozen while the model is trained.
         RuntimeError: After the call, if one of its adapters was deleted while it ran.
     """
     if adapter_names is None:
@@ -60,28 +125,40 @@ def adapter_names_hooks(
         return
     if not isinstance(adapter_names, (list, tuple)) or not all(isinstance(name, str) for name in adapter_names):
         raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
-    if model.training:
-        raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
     if unknown := set(adapter_names) - {BASE, *tuner.peft_config}:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-
     copies = _copies_in_generation(model, kwargs)
-    repeated = BatchNames(name for name in adapter_names for _ in range(copies))
-    token = _names.set((BatchNames(adapter_names), repeated))
-    takers = (tuner.tuner_layer_cls, AuxiliaryTrainingWrapper)
-    handles = [
-        module.register_forward_pre_hook(_give_names, with_kwargs=True)
-        for module in modules_around_adapters(model)
-        if isinstance(module, takers)
-    ]
-    try:
+    call = _Call(BatchNames(adapter_names), BatchNames(name for name in adapter_names for _ in range(copies)))
+    modules = list(modules_around_adapters(model))
+    _refuse_experts(modules, call.names)
+    if model.training and torch.is_grad_enabled():
+        _refuse_frozen(modules, call.names)
+    with _hooks(model, modules, call):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        _names.reset(token)
     if deleted := set(adapter_names) - {BASE, *tuner.peft_config}:
         raise RuntimeError(f"Deleted while a batch used them, so its outputs are wrong: {', '.join(sorted(deleted))}")
+
+
+@contextmanager
+def _hooks(root: nn.Module, modules: list[nn.Module], call: _Call) -> Iterator[None]:
+    token = _call.set(call)
+    undo: list[Callable[[], None]] = []
+    try:
+        for module in modules:
+            if isinstance(module, (TargetLayer, AuxiliaryTrainingWrapper)):
+                undo.append(module.register_forward_pre_hook(_give_names, with_kwargs=True).remove)
+            elif module is root or isinstance(module, PreTrainedModel):
+                undo.append(module.register_forward_pre_hook(_note_shape, with_kwargs=True).remove)
+            if module.training and getattr(module, "gradient_checkpointing", False):
+                checkpoint: Any = module._gradient_checkpointing_func
+                bound: Any = partial(_checkpoint, module, checkpoint, call)
+                module._gradient_checkpointing_func = bound
+                undo.append(partial(setattr, module, "_gradient_checkpointing_func", checkpoint))
+        yield
+    finally:
+        for action in undo:
+            action()
+        _call.reset(token)
 
 
 def _give_names(
@@ -91,12 +168,63 @@ def _give_names(
 
     Torch leaves `kwargs` out when another thread is just adding or removing the hook of its own call.
     """
-    batch = _names.get()
-    if batch is None or kwargs is None:
+    call = _call.get()
+    if call is None or kwargs is None:
         return None
-    names, repeated = batch
     inputs = args[0] if args else next(iter(kwargs.values()))
-    return args, {**kwargs, "adapter_names": repeated if len(inputs) == len(repeated) else names}
+    return args, {**kwargs, "adapter_names": call.names_of(inputs)}
+
+
+def _note_shape(module: nn.Module, args: tuple, kwargs: Optional[dict[str, Any]] = None) -> None:
+    call = _call.get()
+    if call is None or kwargs is None:
+        return
+    main = kwargs.get(getattr(module, "main_input_name", "")), kwargs.get("inputs_embeds")
+    inputs = (value for value in (*main, *args, *kwargs.values()) if isinstance(value, torch.Tensor))
+    call.shape = next((value.shape for value in inputs if value.dim() > 1), call.shape)
+
+
+def _checkpoint(module: nn.Module, checkpoint: Callable, call: _Call, function: Callable, *args: Any) -> Any:
+    """transformers' gradient checkpointing of a module, whose backward pass runs it again after the call's end."""
+    shape = call.shape
+
+    def again(*inputs: Any) -> Any:
+        call.shape = shape
+        with _hooks(module, list(modules_around_adapters(module)), call):
+            return function(*inputs)
+
+    return checkpoint(again, *args)
+
+
+def _refuse_experts(modules: list[nn.Module], names: BatchNames) -> None:
+    for module in modules:
+        for key, child in module._modules.items():
+            if child is None or not (key == "experts" or "Experts" in type(child).__name__):
+                continue
+            for layer in modules_around_adapters(child):
+                if isinstance(layer, TargetLayer) and (named := list(filter(layer.has_adapter, names.unique))):
+                    raise ValueError(
+                        f"{type(child).__name__} does not support mixed adapter batches yet: experts see the tokens of all "
+                        "samples in an order of their own. Call the model with one adapter at a time, or leave out "
+                        f"{', '.join(sorted(named))}."
+                    )
+
+
+def _refuse_frozen(modules: list[nn.Module], names: BatchNames) -> None:
+    containers = [getattr(m, key) for m in modules if isinstance(m, TargetLayer) for key in m.adapter_layer_names]
+    frozen = [
+        name
+        for name in names.unique
+        if name != BASE
+        and not any(
+            p.requires_grad for container in containers if name in container for p in container[name].parameters()
+        )
+    ]
+    if frozen:
+        raise ValueError(
+            f"Frozen adapters cannot be trained: {', '.join(frozen)}. Call `model.set_requires_grad([...])` with all names "
+            "that are to be trained, or `model.eval()`."
+        )
 
 
 def _copies_in_generation(model: nn.Module, kwargs: dict[str, Any]) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from ..common.mixed_batch import BatchNames
 from .algebra import Offsets
 from .config import HyperAdaptConfig
 from .layer import HyperAdaptLayer
@@ -125,17 +126,14 @@ class ParamWrapper(HyperAdaptLayer):
         row, column = (None if side[0] is None else torch.stack(side) for side in zip(*experts, strict=True))
         return row, column
 
-    def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str]) -> None:
-        if names := sorted(set(adapter_names) & self._get_available_adapters()):
-            raise ValueError(
-                f"hyperadapt.ParamWrapper does not support mixed adapter batches yet: {self.parameter_name} sees tokens, "
-                f"not samples. Call the model with one adapter at a time, or leave out {', '.join(names)}."
-            )
-
     def mixed_batch_forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+        self, x: torch.Tensor, *args: Any, adapter_names: BatchNames, **kwargs: Any
     ) -> torch.Tensor:
-        return self.base_layer(x, *args, **kwargs)  # none of the batch's adapters is here
+        raise ValueError(
+            f"hyperadapt.ParamWrapper does not support mixed adapter batches yet: {self.parameter_name} is one for all "
+            "samples. Call the model with one adapter at a time, or leave out "
+            f"{', '.join(filter(self.has_adapter, adapter_names.unique))}."
+        )
 
     def _merge_inner(self, safe_merge: bool) -> None:
         pass  # the wrappers inside adapt other parameters

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..common import TargetLayer
-from ..common.mixed_batch import BatchNames
+from ..common.mixed_batch import BatchNames, stack_weights
 from .algebra import Offsets
 from .config import HyperAdaptConfig
 from .functional import can_fuse, scale, scale_input, scale_output, scaled_linear
@@ -131,21 +131,27 @@ class HyperAdaptLayer(TargetLayer):
                 total = offset if total is None else total + offset + total * offset
         return total
 
-    def batch_offset(self, scales: nn.ModuleDict, adapter_names: list[str]) -> Optional[torch.Tensor]:
-        """Return each sample's offset from 1, (batch, size), or None if no sample has any."""
-        memo = adapter_names.memo if isinstance(adapter_names, BatchNames) else {}
+    def batch_offset(self, scales: nn.ModuleDict, adapter_names: BatchNames) -> Optional[torch.Tensor]:
+        """Return each sample's offset from 1, (batch, size), or (size,) if it is the same for all, or None for none."""
+        if torch.is_grad_enabled():
+            return self._batch_offset(scales, adapter_names)
+        memo = adapter_names.memo
         if scales not in memo:
             memo[scales] = self._batch_offset(scales, adapter_names)
         return memo[scales]
 
-    def _batch_offset(self, scales: nn.ModuleDict, adapter_names: list[str]) -> Optional[torch.Tensor]:
-        names = [name for name in dict.fromkeys(adapter_names) if name in scales]
-        if not names:
+    def _batch_offset(self, scales: nn.ModuleDict, adapter_names: BatchNames) -> Optional[torch.Tensor]:
+        names = adapter_names.unique
+        table = stack_weights(scales, names)
+        if table is None:
             return None
-        table = torch.stack([self.offset(scales, name) for name in names])
-        table = torch.cat([torch.zeros_like(table[:1]), table])  # row 0: no adapter
-        rows = {name: i for i, name in enumerate(names, start=1)}
-        return table[torch.tensor([rows.get(name, 0) for name in adapter_names], device=table.device)]
+        factors = {self.scaling[name] for name in names if name in self.scaling}
+        if len(factors) > 1:
+            by_name = tuple(self.scaling.get(name, 0.0) for name in names)
+            table = table * adapter_names.tensor(by_name, table.dtype, table.device)[:, None]
+        elif factors != {1.0}:
+            table = table * factors.pop()
+        return table[0] if len(names) == 1 else adapter_names.gather(table)
 
     def scale_weight(self, weight: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Return `weight` with its rows times `row` and its columns times `column`."""
@@ -179,7 +185,7 @@ class Linear(HyperAdaptLayer):
         return self.scaled_forward(column, row, x, *args, **kwargs)
 
     def mixed_batch_forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+        self, x: torch.Tensor, *args: Any, adapter_names: BatchNames, **kwargs: Any
     ) -> torch.Tensor:
         column = self.batch_offset(self.hyperadapt_column, adapter_names)
         row = self.batch_offset(self.hyperadapt_row, adapter_names)
@@ -266,15 +272,14 @@ class Embedding(HyperAdaptLayer):
         return result if column is None else scale(result, column)
 
     def mixed_batch_forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+        self, x: torch.Tensor, *args: Any, adapter_names: BatchNames, **kwargs: Any
     ) -> torch.Tensor:
         result = self.base_layer(x, *args, **kwargs)
         row = self.batch_offset(self.hyperadapt_row, adapter_names)
         if row is not None:
-            tokens = row.gather(1, x.flatten(1)).reshape(*x.shape, 1)
-            result = scale(result, tokens)
+            tokens = F.embedding(x, row[:, None]) if row.dim() == 1 else row.gather(1, x.flatten(1))[..., None]
+            result = scale(result, tokens.reshape(*x.shape, 1))
         column = self.batch_offset(self.hyperadapt_column, adapter_names)
         if column is not None:
-            column = column.reshape(len(x), *(1,) * (result.dim() - 2), -1)
-            result = scale(result, column)
+            result = scale(result, column.reshape(-1, *(1,) * (result.dim() - 2), column.shape[-1]))
         return result

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..common import TargetLayer
+from ..common.mixed_batch import BatchNames
 from .config import SurmConfig
 from .structures import Structure, get_structure
 
@@ -105,7 +106,7 @@ class Linear(SurmLayer):
         return result
 
     def mixed_batch_forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+        self, x: torch.Tensor, *args: Any, adapter_names: BatchNames, **kwargs: Any
     ) -> torch.Tensor:
         result = self.base_layer(x, *args, **kwargs).clone()
         for name in dict.fromkeys(adapter_names):

@@ -1,13 +1,19 @@
 """A batch in which every sample names its adapter equals each sample run alone with it."""
 
+import random
+
 import pytest
 import torch
+import transformers
 from peft import get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperadapt_peft import HyperAdaptConfig, SurmConfig
+from hyperadapt_peft.adapters.hotswap import hotswap_adapter
+from hyperadapt_peft.tuners.hyperadapt import HyperAdaptLayer
 
-from ...tiny import build
+from ...tiny import SIZES, build
 from .test_layer import LAYERS, Wrapper
 
 
@@ -141,11 +147,145 @@ def test_wrong_names_are_refused(names, message):
     assert not model.base_model.model.layer._forward_pre_hooks  # nothing stays behind
 
 
-def test_training_and_merged_models_are_refused():
+def test_merged_models_are_refused():
     model = adapters(Wrapper(nn.Linear(4, 4)), HyperAdaptConfig, target_modules=["layer"])
-    x = torch.randn(1, 4)
-    with pytest.raises(ValueError, match="training mode"):
-        model.train()(x=x, adapter_names=["default"])
-    model.eval().merge_adapter()
+    model.merge_adapter()
     with pytest.raises(ValueError, match="merged adapters"):
-        model(x=x, adapter_names=["default"])
+        model(x=torch.randn(1, 4), adapter_names=["default"])
+
+
+# Models that flatten their tokens
+
+
+def qwen3_next():
+    config = transformers.Qwen3NextConfig(
+        **SIZES, num_key_value_heads=2, head_dim=8, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        num_experts=4, num_experts_per_tok=2, linear_num_key_heads=2, linear_num_value_heads=2,
+        linear_key_head_dim=8, linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    return transformers.Qwen3NextForCausalLM(config)
+
+
+@pytest.mark.parametrize("config", [HyperAdaptConfig, SurmConfig])
+@pytest.mark.parametrize(
+    "model_of, targets",
+    [
+        (lambda: build("opt")[0], ["fc1", "fc2", "q_proj"]),
+        (qwen3_next, ["shared_expert.up_proj", "shared_expert.down_proj", "shared_expert_gate"]),
+    ],
+    ids=["opt", "qwen3-next"],
+)
+@pytest.mark.parametrize("samples, tokens", [(5, 3), (5, 5), (5, 1)])
+@torch.no_grad()
+def test_flattened_tokens_follow_their_sample(config, model_of, targets, samples, tokens):
+    torch.manual_seed(0)
+    model = adapters(model_of(), config, target_modules=targets)
+    ids = torch.randint(3, 64, (samples, tokens))
+    assert_each_equals_its_own(model, NAMES, {"input_ids": ids}, lambda m, inputs, **kw: m(**inputs, **kw).logits)
+
+
+@torch.no_grad()
+def test_flattened_tokens_in_beam_search():
+    model = adapters(build("opt")[0], HyperAdaptConfig, target_modules=["fc1", "fc2"])
+    options = {"num_beams": 3, "max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": 0}
+    ids = torch.randint(3, 64, (2, 3))  # as many tokens as beams
+    out = model.generate(input_ids=ids, adapter_names=["default", "third"], **options)
+    for i, name in enumerate(["default", "third"]):
+        model.set_adapter(name)
+        assert torch.equal(out[i : i + 1], model.generate(input_ids=ids[i : i + 1], **options))
+
+
+@torch.no_grad()
+def test_experts_that_see_tokens_in_their_own_order_are_refused():
+    config = transformers.SwitchTransformersConfig(
+        d_model=32, d_kv=8, d_ff=16, num_layers=2, num_sparse_encoder_layers=1, num_decoder_layers=1,
+        num_sparse_decoder_layers=0, num_heads=4, num_experts=2, vocab_size=64,
+    )  # fmt: skip
+    encoder = transformers.SwitchTransformersEncoderModel(config)
+    model = adapters(encoder, HyperAdaptConfig, names=["second"], target_modules=["wi"])
+    assert any(".experts." in key for key, m in model.named_modules() if isinstance(m, HyperAdaptLayer))
+    inputs = {"input_ids": torch.randint(3, 64, (2, 1))}  # one token each: as many rows as names
+    with pytest.raises(ValueError, match="order of their own.*second"):
+        model(**inputs, adapter_names=["__base__", "second"])
+    model.add_adapter("attention", HyperAdaptConfig(init_weights=False, target_modules=["q"]))
+    mixed = model(**inputs, adapter_names=["__base__", "attention"]).last_hidden_state
+    for i, name in enumerate(["__base__", "attention"]):
+        own = alone(model, name, lambda m, i=i: m(input_ids=inputs["input_ids"][i : i + 1]).last_hidden_state)
+        torch.testing.assert_close(mixed[i : i + 1], own, rtol=1e-5, atol=1e-5)
+
+
+# Nothing that could be outdated is kept, and nothing waits for the device
+
+
+def test_every_change_of_an_adapter_is_seen(tmp_path):
+    config = HyperAdaptConfig(target_modules=["layer"], init_weights=False)
+    model = adapters(Wrapper(nn.Linear(4, 3)), HyperAdaptConfig, target_modules=["layer"])
+    model.save_pretrained(tmp_path)
+    layer, x = model.base_model.model.layer, torch.randn(5, 4)
+    weight = lambda: layer.hyperadapt_row["second"].weight
+
+    def compare():
+        with torch.no_grad():
+            mixed = model(x=x, adapter_names=NAMES)
+            expected = [alone(model, name, lambda m, i=i: m(x=x[i : i + 1])) for i, name in enumerate(NAMES)]
+        torch.testing.assert_close(mixed, torch.cat(expected), rtol=1e-5, atol=1e-5)
+        return mixed
+
+    def step():
+        model.set_adapter("second")
+        optimizer = torch.optim.SGD(layer.hyperadapt_row["second"].parameters(), lr=0.5)
+        model(x=x).sum().backward()
+        optimizer.step()
+
+    def again():
+        model.delete_adapter("second")
+        model.add_adapter("second", config)
+
+    def load():
+        model.delete_adapter("second")
+        model.load_adapter(tmp_path / "third", "second")
+
+    changes = [
+        step,
+        again,
+        load,
+        lambda: hotswap_adapter(model, tmp_path / "second", "second"),
+        lambda: model.set_scale("second", 0.5),
+        lambda: layer.set_scale("second", -1.0),
+        lambda: weight().data.copy_(torch.randn(3)),
+        lambda: weight().data.mul_(2),
+        lambda: setattr(weight(), "data", torch.randn(3)),
+        lambda: nn.init.normal_(weight()),
+        lambda: model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()}, assign=True),
+        lambda: layer.hyperadapt_row["second"].register_parameter("weight", nn.Parameter(torch.randn(3))),
+        lambda: model.double(),
+    ]
+    seen = compare()
+    random.Random(0).shuffle(changes)
+    for change in changes:
+        change()
+        x = x.to(weight().dtype)
+        now = compare()
+        assert not torch.equal(now[0], seen[0].to(now.dtype)), change
+        seen = now
+
+
+@torch.no_grad()
+def test_a_mixed_forward_does_not_wait_for_the_device():
+    class Copies(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if func is torch.ops.aten._to_copy.default and args[0].device != torch.device("meta"):
+                Copies.count += 1
+                assert kwargs["non_blocking"]
+            return func(*args, **kwargs)
+
+    model = adapters(build("llama")[0], HyperAdaptConfig, task_type="CAUSAL_LM").to("meta")  # it has no values to read
+    ids = torch.zeros(5, 4, dtype=torch.long, device="meta")
+    for names, copies in ((NAMES, 1), (["second"] * 5, 0)):
+        Copies.count = 0
+        with Copies():
+            assert model(input_ids=ids, adapter_names=names).logits.shape == (5, 4, 64)
+        assert Copies.count == copies
