@@ -148,7 +148,7 @@ def _hooks(root: nn.Module, modules: list[nn.Module], call: _Call) -> Iterator[N
             if isinstance(module, (TargetLayer, AuxiliaryTrainingWrapper)):
                 undo.append(module.register_forward_pre_hook(_give_names, with_kwargs=True).remove)
             elif module is root or isinstance(module, PreTrainedModel):
-                undo.append(module.register_forward_pre_hook(_note_shape, with_kwargs=True).remove)
+                undo.append(module.register_forward_pre_hook(partial(_note_shape, root), with_kwargs=True).remove)
             if module.training and getattr(module, "gradient_checkpointing", False):
                 checkpoint: Any = module._gradient_checkpointing_func
                 bound: Any = partial(_checkpoint, module, checkpoint, call)
@@ -175,13 +175,19 @@ def _give_names(
     return args, {**kwargs, "adapter_names": call.names_of(inputs)}
 
 
-def _note_shape(module: nn.Module, args: tuple, kwargs: Optional[dict[str, Any]] = None) -> None:
+def _note_shape(root: nn.Module, module: nn.Module, args: tuple, kwargs: Optional[dict[str, Any]] = None) -> None:
     call = _call.get()
     if call is None or kwargs is None:
         return
     main = kwargs.get(getattr(module, "main_input_name", "")), kwargs.get("inputs_embeds")
-    inputs = (value for value in (*main, *args, *kwargs.values()) if isinstance(value, torch.Tensor))
-    call.shape = next((value.shape for value in inputs if value.dim() > 1), call.shape)
+    shapes = [x.shape for x in (*main, *args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.dim() > 1]
+    sizes = len(call.names), len(call.repeated)
+    call.shape = next((shape for shape in shapes if shape[0] in sizes), call.shape)
+    if module is root and shapes and call.shape not in shapes:
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(call.names)} and {shapes[0][0]} respectively."
+        )
 
 
 def _checkpoint(module: nn.Module, checkpoint: Callable, call: _Call, function: Callable, *args: Any) -> Any:
