@@ -118,9 +118,13 @@ class HyperAdaptLayer(TargetLayer):
                 weight.data = torch.zeros_like(weight) if offset is None else offset.to(weight.device) / config.alpha
                 weight.requires_grad_(False)
 
+    def factor(self, adapter_name: str) -> float:
+        """Return what an adapter's d is multiplied by: alpha, at its strength."""
+        return self.hyperadapt_alpha[adapter_name] * self.scaling[adapter_name]
+
     def offset(self, scales: nn.ModuleDict, adapter_name: str) -> torch.Tensor:
         """Return one adapter's offset from 1 at its strength, (size,)."""
-        return self.hyperadapt_alpha[adapter_name] * self.scaling[adapter_name] * scales[adapter_name]()
+        return self.factor(adapter_name) * scales[adapter_name]()
 
     def active_offset(self, scales: nn.ModuleDict) -> Optional[torch.Tensor]:
         """Return the offset from 1 of the product of the active adapters' scales, (size,), or None without any."""
@@ -145,12 +149,12 @@ class HyperAdaptLayer(TargetLayer):
         table = stack_weights(scales, names)
         if table is None:
             return None
-        factors = {self.scaling[name] for name in names if name in self.scaling}
-        if len(factors) > 1:
-            by_name = tuple(self.scaling.get(name, 0.0) for name in names)
+        factors = {name: self.factor(name) for name in names if name in self.scaling}
+        if len(set(factors.values())) == 1:
+            table = table * factors.popitem()[1]
+        else:
+            by_name = tuple(factors.get(name, 0.0) for name in names)
             table = table * adapter_names.tensor(by_name, table.dtype, table.device)[:, None]
-        elif factors != {1.0}:
-            table = table * factors.pop()
         return table[0] if len(names) == 1 else adapter_names.gather(table)
 
     def scale_weight(self, weight: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:

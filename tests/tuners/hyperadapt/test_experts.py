@@ -475,7 +475,9 @@ def test_hot_swap(tmp_path):
 
 def test_mixed_batches_are_refused_where_experts_are_adapted():
     model = adapted()
-    with pytest.raises(ValueError, match="does not support mixed adapter batches yet: experts see the tokens of all samples"):
+    with pytest.raises(
+        ValueError, match="does not support mixed adapter batches yet: experts see the tokens of all samples"
+    ):
         logits(model, adapter_names=["default", "__base__", "default"])
     model.add_adapter("attention", config(init_weights=False, target_modules=["q_proj"], target_parameters=[]))
     mixed = logits(model, adapter_names=["attention", "__base__", "attention"])  # no experts in this batch
