@@ -5,15 +5,16 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from hyperadapt_peft import HyperAdaptConfig
+from hyperadapt_peft import HyperAdaptConfig, SurmConfig
 
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 CONFIGS = {
     "hyperadapt": lambda: HyperAdaptConfig(target_modules=TARGETS, init_weights=False),
+    "surm": lambda: SurmConfig(target_modules=TARGETS, init_weights=False),
     "lora": lambda: LoraConfig(target_modules=TARGETS, init_lora_weights=False),
 }
-LINEAR_IN = (".hyperadapt_row.", ".hyperadapt_column.", ".lora_B.")  # the strength multiplies these
+LINEAR_IN = (".hyperadapt_row.", ".hyperadapt_column.", ".lora_B.", ".surm_A.")  # the strength multiplies these
 
 
 def unet():

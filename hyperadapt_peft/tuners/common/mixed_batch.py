@@ -172,7 +172,10 @@ def _give_names(
     if call is None or kwargs is None:
         return None
     inputs = args[0] if args else next(iter(kwargs.values()))
-    return args, {**kwargs, "adapter_names": call.names_of(inputs)}
+    names: list[str] = call.names_of(inputs)
+    if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT's, which knows the names of its own adapters only
+        names = [name if name in module._adapters else BASE for name in names]
+    return args, {**kwargs, "adapter_names": names}
 
 
 def _note_shape(root: nn.Module, module: nn.Module, args: tuple, kwargs: Optional[dict[str, Any]] = None) -> None:
