@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import warnings
 from importlib import import_module
+from inspect import getattr_static
 from typing import TYPE_CHECKING, Any, Union
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
 _lock = threading.RLock()
+_DISPATCHED = ("_prepare_adapter_config", "_prepare_model", "_create_and_replace")  # methods of PEFT's MixedModel
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -107,7 +109,7 @@ def _register_mixed(peft_type: PeftType, config_cls: type[PeftConfig], layer_cls
         prefix = f"{peft_type.value.lower()}_"
         # read all, and check all, before the first write
         _ = mixed.COMPATIBLE_TUNER_TYPES, configs.__args__
-        _ = model_cls._create_and_replace, model_cls._create_new_module
+        _ = [getattr(model_cls, name) for name in _DISPATCHED]
         new_compatible = (*(t for t in compatible if t != peft_type), peft_type)
         new_layers = (*layers, layer_cls)
         new_prefixes = [*(p for p in prefixes if p != prefix), prefix]
@@ -129,22 +131,18 @@ def _dispatch_mixed_by_type(model_cls: Any) -> None:
     """
     if hasattr(model_cls, "_hyperadapt_dispatch"):
         return
-    create_and_replace, create_new_module = model_cls._create_and_replace, model_cls._create_new_module
 
-    def own_tuner(config: PeftConfig) -> Any:
-        tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
-        return tuner if tuner.__module__.partition(".")[0] == __name__.partition(".")[0] else None
+    def dispatched(name: str) -> Any:
+        method = getattr_static(model_cls, name)
 
-    def _create_and_replace(self, config, *args, **kwargs):
-        if (tuner := own_tuner(config)) is not None:
-            return tuner._create_and_replace(self, config, *args, **kwargs)
-        return create_and_replace(self, config, *args, **kwargs)
+        def call(self, config, *args, **kwargs):
+            tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
+            if tuner.__module__.partition(".")[0] == __name__.partition(".")[0]:
+                return getattr(tuner, name)(self, config, *args, **kwargs)
+            return method.__get__(self, model_cls)(config, *args, **kwargs)
 
-    def _create_new_module(config, adapter_name, target, **kwargs):
-        if (tuner := own_tuner(config)) is not None:
-            return tuner._create_new_module(config, adapter_name, target, **kwargs)
-        return create_new_module(config, adapter_name, target, **kwargs)
+        return call
 
-    model_cls._create_and_replace = _create_and_replace
-    model_cls._create_new_module = staticmethod(_create_new_module)
+    for name in _DISPATCHED:
+        setattr(model_cls, name, dispatched(name))
     model_cls._hyperadapt_dispatch = True

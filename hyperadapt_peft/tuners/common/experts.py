@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from copy import copy
 from typing import NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -95,9 +95,12 @@ def targeted_parameters(model: nn.Module, target_parameters: list[str]) -> dict[
 
 def is_selected(config: TargetConfig, key: str) -> bool:
     """Return whether a name is neither excluded nor in a layer that is not adapted, whatever the targets are."""
+    everything = copy(config)
+    everything.target_modules = ".*"
+    ending = copy(config)
     # PEFT counts layers for endings only, not for full names
-    ending = replace(config, target_modules=[key.rpartition(".")[2]])
-    return bool(check_target_module_exists(ending, key))
+    ending.exclude_modules, ending.target_modules = None, {key.rpartition(".")[2]}
+    return bool(check_target_module_exists(everything, key) and check_target_module_exists(ending, f".{key}"))
 
 
 def without_wrappers(key: str) -> str:

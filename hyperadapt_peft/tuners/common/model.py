@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -28,17 +29,7 @@ from .experts import fused_weights, is_selected
 from .layer import TargetLayer, modules_around_adapters
 from .loading import all_or_nothing, check_tensors, loadable_tensors
 from .mixed_batch import adapter_names_hooks
-
-
-# These parents read their children's weights without calling them; an adapter there would be ignored.
-_READING_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-# So do the fused kernels of these architectures with these children.
-_MAMBA_TYPES = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
-_MAMBA_CHILDREN = {"conv1d", "out_proj"}
-
-
-# New heads under their usual names; PEFT itself knows them for SEQ_CLS only, and trains them whole for every task.
-_HEADS = {"classification_head", "classifier", "qa_outputs", "score"}
+from .targets import heads, outer_modules, refusal, save_heads, target_exactly
 
 
 class TargetModel(BaseTuner):
@@ -56,16 +47,46 @@ class TargetModel(BaseTuner):
         """Return the tuner layer class for a base layer, or None if its kind is not supported."""
         raise NotImplementedError
 
-    def default_targets(self, config: TargetConfig) -> set[str]:
+    @classmethod
+    def default_targets(cls, config: TargetConfig, model: nn.Module) -> set[str]:
         """Return the full names of the modules that `target_modules=None` means."""
-        return self.all_linear(config)
+        return cls.all_linear(config, model)
 
-    def all_linear(self, config: TargetConfig) -> set[str]:
-        """Return the full names of all linear layers but the output head, as PEFT finds them."""
+    @classmethod
+    def all_linear(cls, config: TargetConfig, model: nn.Module) -> set[str]:
+        """Return the full names of all linear layers but those of the model's heads."""
         found: Any = SimpleNamespace(target_modules="all-linear", task_type=config.task_type)
-        _maybe_include_all_linear_layers(found, self.model)
-        routers = {weight.owner for weight in fused_weights(self.model)}  # Llama 4's looks like a linear layer
-        return {name for name in found.target_modules if name.partition(".")[0] not in _HEADS} - routers
+        _maybe_include_all_linear_layers(found, model)
+        routers = {weight.owner for weight in fused_weights(model)}  # Llama 4's looks like a linear layer
+        return found.target_modules - routers
+
+    @classmethod
+    def resolve(cls, config: TargetConfig, model: nn.Module) -> None:
+        """Write into a config what its defaults mean for a model: the names of its targets and of its new head."""
+        save_heads(config, model)
+        if config.target_modules is not None and config.target_modules != "all-linear":
+            return
+        names = (cls.all_linear if config.target_modules else cls.default_targets)(config, model)
+        ends = heads(model)
+        names = {name for name in names if is_selected(config, name) and name.partition(".")[0] not in ends}
+        refused = {name: reason for name in names if (reason := refusal(model, name))}
+        for reason in sorted(set(refused.values())):
+            like = sorted({re.sub(r"\b\d+\b", "*", name) for name in refused if refused[name] == reason})
+            warnings.warn(f"Not adapted, because {reason}: {', '.join(like)}")
+        target_exactly(names - refused.keys(), config, model)
+
+    @classmethod
+    def check(cls, config: TargetConfig, model: nn.Module) -> None:
+        """Raise ValueError if a config's target is not supported, before the first layer is replaced."""
+        for key, module in outer_modules(model):
+            if not cls._check_target_module_exists(config, key):
+                continue
+            _layer_class(config, module, key)
+            if reason := refusal(model, key):
+                raise ValueError(
+                    f"Target module {key} is not supported: {reason}. Leave it out of `target_modules` or name it in "
+                    "`exclude_modules`."
+                )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter's layers, as PEFT's `inject_adapter`, or on an error none.
@@ -81,22 +102,14 @@ class TargetModel(BaseTuner):
         except IndexError as exc:
             raise ValueError(f"`trainable_token_indices` has a token that the embedding has not: {exc}") from exc
 
+    # `self` may be a MixedModel in the next three, so nothing of our own is looked up on it
+
     def _prepare_adapter_config(self, peft_config: TargetConfig, model_config: dict) -> TargetConfig:  # type: ignore[override]
-        if peft_config.target_modules is None or peft_config.target_modules == "all-linear":
-            names = (self.all_linear if peft_config.target_modules else self.default_targets)(peft_config)
-            if uncalled := {name for name in names if _is_read_uncalled(self.model, _parent(self.model, name), name)}:
-                warnings.warn(f"Not adapted, because their parents read their weights uncalled: {sorted(uncalled)}")
-            names -= uncalled
-            if peft_config.layers_to_transform is not None:
-                names = {name for name in names if is_selected(peft_config, name)}
-            peft_config.target_modules = names
+        _tuner(peft_config).resolve(peft_config, self.model)
         return peft_config
 
     def _prepare_model(self, peft_config: TargetConfig, model: nn.Module) -> None:  # type: ignore[override]
-        # refuse before the first layer is replaced, so that an error leaves the model as it was
-        for key, module in outer_modules(model):
-            if self._check_target_module_exists(peft_config, key):
-                _layer_class(peft_config, module, model, _parent(model, key), key)
+        _tuner(peft_config).check(peft_config, model)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -111,14 +124,13 @@ class TargetModel(BaseTuner):
     ) -> None:
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
-        # `self` may be a MixedModel, so nothing of our own is looked up on it
         tuner: Any = _tuner(config)
         if isinstance(target, tuner.tuner_layer_cls) and parameter_name in (None, target.parameter_name):
             target.update_layer(adapter_name, config)
             return
         layer_cls: Any
         if parameter_name is None:
-            layer_cls = _layer_class(config, target, self.model, parent, current_key)
+            layer_cls = _layer_class(config, target, current_key)
         else:
             layer_cls = partial(tuner.parameter_layer_cls, parameter_name=parameter_name)
         new_module = layer_cls(target, adapter_name, config, **get_quantization_kwargs(self.model))
@@ -218,26 +230,8 @@ class TargetModel(BaseTuner):
                         raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
 
-def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the names and modules that PEFT compares with `target_modules`: those that are not inside tuner layers."""
-    inside_tuner_layer: tuple[str, ...] = ()
-    for key, module in model.named_modules():
-        if not key or key.startswith(inside_tuner_layer or ("\0",)):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside_tuner_layer += (f"{key}.",)
-        yield key, module
-
-
-def _layer_class(
-    config: TargetConfig, target: nn.Module, model: nn.Module, parent: nn.Module, key: str
-) -> type[TargetLayer]:
+def _layer_class(config: TargetConfig, target: nn.Module, key: str) -> type[TargetLayer]:
     """Return the tuner layer class for a target module, or raise ValueError naming the module and what would do."""
-    if _is_read_uncalled(model, parent, key):
-        raise ValueError(
-            f"Target module {key} is not supported: its parent reads its weight without calling it, so an adapter on "
-            "it would be ignored. Leave it out of `target_modules` or name it in `exclude_modules`."
-        )
     base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     layer_cls = _tuner(config).layer_class_for(base_layer)
     if layer_cls is None:
@@ -250,13 +244,3 @@ def _layer_class(
 
 def _tuner(config: TargetConfig) -> type[TargetModel]:
     return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]  # type: ignore[index, return-value]
-
-
-def _is_read_uncalled(model: nn.Module, parent: nn.Module, key: str) -> bool:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    in_mamba_kernel = model_type in _MAMBA_TYPES and key.rpartition(".")[2] in _MAMBA_CHILDREN
-    return in_mamba_kernel or isinstance(parent, _READING_PARENTS)
-
-
-def _parent(model: nn.Module, key: str) -> nn.Module:
-    return model.get_submodule(key.rpartition(".")[0])

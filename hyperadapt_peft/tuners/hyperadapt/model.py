@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..common import TargetModel
 from ..common.config import check_adapter_name
 from ..common.experts import fused_targets, targeted_parameters, without_wrappers
-from ..common.model import outer_modules
+from ..common.targets import outer_modules, target_exactly
 from . import algebra
 from .config import HyperAdaptConfig
 from .experts import ParamWrapper
@@ -65,21 +65,23 @@ class HyperAdaptModel(TargetModel):
         backend = resolve_quantization_backend(base_layer, get_apply_tensor_subclass=lambda: None)
         return Linear if backend is not None and backend.layer_type == "linear" else None
 
-    def _prepare_adapter_config(self, peft_config: HyperAdaptConfig, model_config: dict) -> HyperAdaptConfig:  # type: ignore[override]
-        if peft_config.target_modules is None and peft_config.target_parameters:
-            peft_config.target_modules = set()  # what is named is all that is adapted
-        all_linear = peft_config.target_modules in (None, "all-linear")
-        if peft_config.target_parameters is None:
-            peft_config.target_parameters = self._fused_targets(peft_config, all_linear)
-        super()._prepare_adapter_config(peft_config, model_config)
-        if all_linear:  # but what is named as a parameter is adapted as one
-            owners = targeted_parameters(self.model, peft_config.target_parameters).keys()
-            peft_config.target_modules = cast(set[str], peft_config.target_modules) - owners
-        return peft_config
+    @classmethod
+    def all_linear(cls, config: HyperAdaptConfig, model: nn.Module) -> set[str]:  # type: ignore[override]
+        # but what is named as a parameter is adapted as one
+        return super().all_linear(config, model) - targeted_parameters(model, config.target_parameters or []).keys()
 
-    def _fused_targets(self, config: HyperAdaptConfig, all_linear: bool) -> list[str]:
-        """Return the parameters that stand for target modules, and drop those modules from `config`."""
-        asked = fused_targets(config, self.model)
+    @classmethod
+    def resolve(cls, config: HyperAdaptConfig, model: nn.Module) -> None:  # type: ignore[override]
+        if config.target_modules is None and config.target_parameters:
+            config.target_modules = set()  # what is named is all that is adapted
+        if config.target_parameters is None:
+            cls._resolve_fused(config, model)
+        super().resolve(config, model)
+
+    @classmethod
+    def _resolve_fused(cls, config: HyperAdaptConfig, model: nn.Module) -> None:
+        """Name in `config` the parameters that stand for target modules, and not their modules."""
+        asked = fused_targets(config, model)
         for weight, missing in asked.items():
             if missing:
                 raise ValueError(
@@ -87,24 +89,26 @@ class HyperAdaptModel(TargetModel):
                     f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. Name all of them, or name the "
                     "parameter in `target_parameters`, or set `target_parameters=[]` to leave it as it is."
                 )
-        if asked and not all_linear:
-            names = {key for key, _ in outer_modules(self.model) if self._check_target_module_exists(config, key)}
-            config.target_modules = names - {weight.owner for weight in asked}
-        return sorted(weight.name for weight in asked)
+        config.target_parameters = sorted(weight.name for weight in asked)
+        if asked and config.target_modules not in (None, "all-linear"):
+            names = {key for key, _ in outer_modules(model) if cls._check_target_module_exists(config, key)}
+            target_exactly(names - {weight.owner for weight in asked}, config, model)
 
-    def _prepare_model(self, peft_config: HyperAdaptConfig, model: nn.Module) -> None:  # type: ignore[override]
-        super()._prepare_model(peft_config, model)
-        for owner, names in targeted_parameters(model, peft_config.target_parameters or []).items():
+    @classmethod
+    def check(cls, config: HyperAdaptConfig, model: nn.Module) -> None:  # type: ignore[override]
+        super().check(config, model)
+        for owner, names in targeted_parameters(model, config.target_parameters or []).items():
             if not owner:
                 raise ValueError(
                     f"Targeting an nn.Parameter on the top-level module is not supported (parameter '{names[0]}')."
                 )
             module = model.get_submodule(owner)
-            if self._check_target_module_exists(peft_config, owner):
+            if cls._check_target_module_exists(config, owner):
                 raise ValueError(f"{owner} cannot be in `target_modules` and its {names[0]} in `target_parameters`.")
-            self._check_parameters(module, owner, names, peft_config)
+            cls._check_parameters(module, owner, names, config)
 
-    def _check_parameters(self, module: nn.Module, owner: str, names: list[str], config: HyperAdaptConfig) -> None:
+    @staticmethod
+    def _check_parameters(module: nn.Module, owner: str, names: list[str], config: HyperAdaptConfig) -> None:
         adapted = []
         while isinstance(module, ParamWrapper):
             adapted.append(module.parameter_name)
@@ -190,13 +194,11 @@ class HyperAdaptModel(TargetModel):
         config = replace(
             configs[0],
             sides=sides.pop() if len(sides) == 1 else "both",
-            target_modules=results.keys() - parameters,
             target_parameters=sorted(f"{without_wrappers(key)}.{layers[key].parameter_name}" for key in parameters),
             exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
             inference_mode=True,
         )
+        target_exactly(results.keys() - parameters, config, self.model)
         self.peft_config[adapter_name] = config
         for key, offsets in results.items():
             layers[key].add_offsets(adapter_name, config, *offsets)

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..common import TargetModel
 from ..common.experts import fused_targets
+from ..common.targets import outer_modules
 from .config import SurmConfig
 from .layer import Linear, SurmLayer
 from .nearest import nearest
@@ -73,15 +74,14 @@ class SurmModel(TargetModel):
         backend = resolve_quantization_backend(base_layer, get_apply_tensor_subclass=lambda: None)
         return Linear if backend is not None and backend.layer_type == "linear" else None
 
-    def default_targets(self, config: SurmConfig) -> set[str]:  # type: ignore[override]
+    @classmethod
+    def default_targets(cls, config: SurmConfig, model: nn.Module) -> set[str]:  # type: ignore[override]
         endings = tuple(f".{name}" for name in DEFAULT_TARGETS[config.placement])
-        inside = tuple(f"{key}." for key, m in self.model.named_modules() if isinstance(m, BaseTunerLayer))
         names = {
             key
-            for key, module in self.model.named_modules()
+            for key, module in outer_modules(model)
             if f".{key}".endswith(endings)
-            and not key.startswith(inside)
-            and self.layer_class_for(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
+            and cls.layer_class_for(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
         }
         if not names:
             raise ValueError(
@@ -90,16 +90,14 @@ class SurmModel(TargetModel):
             )
         return names
 
-    def _prepare_adapter_config(self, peft_config: SurmConfig, model_config: dict) -> SurmConfig:  # type: ignore[override]
-        targets = peft_config.target_modules
-        if targets is None:
-            targets = set(DEFAULT_TARGETS[peft_config.placement])
-        fused = fused_targets(replace(peft_config, target_modules=targets), self.model)
-        if fused and not peft_config.inference_mode:
+    @classmethod
+    def resolve(cls, config: SurmConfig, model: nn.Module) -> None:  # type: ignore[override]
+        targets = set(DEFAULT_TARGETS[config.placement]) if config.target_modules is None else config.target_modules
+        fused = fused_targets(replace(config, target_modules=targets), model)
+        if fused and not config.inference_mode:
             names = ", ".join(sorted(weight.name for weight in fused))
             warnings.warn(f"Not adapted, because these parameters of fused experts are no layers: {names}")
-        super()._prepare_adapter_config(peft_config, model_config)
-        return peft_config
+        super().resolve(config, model)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]
