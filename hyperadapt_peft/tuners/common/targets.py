@@ -82,7 +82,7 @@ def save_heads(config: TargetConfig, model: nn.Module) -> None:
     endings = (*(config.modules_to_save or ()), *_NEW_HEADS.get(config.task_type or "", ()))
     keys = [key for key, _ in outer_modules(model)]
     saved = {key.rpartition(".")[2] for key in keys if endings and key.endswith(endings)}
-    if config.task_type in _NEW_HEADS and config.format_version > 1:  # files of format 1 lack the others
+    if config.task_type in _NEW_HEADS and config.format_version != 1:  # files of format 1 lack the others
         saved |= {head for head in heads(model) if not any(key != head and key.endswith(head) for key in keys)}
     if new := saved.difference(config.modules_to_save or ()):
         config.modules_to_save = [*(config.modules_to_save or ()), *sorted(new)]
