@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, Optional, Union
 
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..common import TargetLayer
-from ..common.mixed_batch import BatchNames
+from ..common.mixed_batch import BASE, BatchNames, stack_weights
 from .config import SurmConfig
 from .structures import Structure, get_structure
 
@@ -74,18 +76,17 @@ class SurmLayer(TargetLayer):
         parallel = self.surm_config[adapter_name].placement == "parallel"
         return self.out_features, self.in_features if parallel else self.out_features
 
-    def product(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """`alpha x dW^T` with dropout on x: (..., in) to (..., out)."""
-        a, b = self.surm_A[adapter_name](), self.surm_B[adapter_name]()
-        x, a = self.surm_dropout[adapter_name](x), self.surm_config[adapter_name].alpha * a
-        return self.surm_structure[adapter_name].matmul(x, a, b, self.out_features)
+    def gain(self, adapter_name: str) -> float:
+        """The factor of A: alpha, times the strength where that can be in the matrix."""
+        config = self.surm_config[adapter_name]
+        return config.alpha * self.scaling[adapter_name] if config.placement == "parallel" else config.alpha
 
     def matrix(self, adapter_name: str) -> torch.Tensor:
-        """`alpha dW` (out, in), detached, in fp32 or wider."""
+        """`gain dW` (out, in), detached, in fp32 or wider."""
         factors = [factors[adapter_name]().detach() for factors in (self.surm_A, self.surm_B)]
         a, b = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in factors)
         dense = self.surm_structure[adapter_name].dense(a, b, *self.matrix_shape(adapter_name))
-        return self.surm_config[adapter_name].alpha * dense
+        return self.gain(adapter_name) * dense
 
     def __repr__(self) -> str:
         return "surm." + super().__repr__()
@@ -102,31 +103,66 @@ class Linear(SurmLayer):
         result = self.base_layer(x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.surm_config]
         for name in sorted(names, key=lambda name: self.surm_config[name].placement == "sequential"):
-            result = self.add_update(result, x, name)
+            a, b = self.gain(name) * self.surm_A[name](), self.surm_B[name]()
+            bias = self.surm_bias[name]() if name in self.surm_bias else None
+            result = self.add_update(result, x, name, a, b, bias, self.scaling[name])
         return result
 
     def mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: BatchNames, **kwargs: Any
     ) -> torch.Tensor:
-        result = self.base_layer(x, *args, **kwargs).clone()
-        for name in dict.fromkeys(adapter_names):
-            if name in self.surm_config:
-                rows = [i for i, other in enumerate(adapter_names) if other == name]
-                result[rows] = self.add_update(result[rows], x[rows], name)
+        result = self.base_layer(x, *args, **kwargs)
+        kinds = defaultdict(list)
+        for name in filter(self.has_adapter, adapter_names.unique):
+            config = self.surm_config[name]
+            kinds[config.placement, self.surm_structure[name], config.surm_dropout].append(name)
+        for names in kinds.values():  # one product of all samples, with zeros for those of other kinds
+            key = self, names[0]
+            factors = adapter_names.memo.get(key) or self.batch_factors(names, adapter_names)
+            if not torch.is_grad_enabled():
+                adapter_names.memo[key] = factors
+            a, b, bias, strength = factors
+            if bias is not None:
+                bias, strength = (t.reshape(-1, *(1,) * (x.dim() - 2), t.shape[-1]) for t in (bias, strength))
+            result = self.add_update(result, x, names[0], a, b, bias, strength)
         return result
 
-    def add_update(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """Return the output `result` for the input `x` with one adapter's update, in its dtype."""
-        if self.surm_config[adapter_name].placement == "parallel":
-            update = self.product(x, adapter_name)
-        else:
-            update = F.gelu(self.product(result, adapter_name)) + self.surm_bias[adapter_name]()
-        return result + (self.scaling[adapter_name] * update).to(result.dtype)
+    def batch_factors(self, names: list[str], adapter_names: BatchNames) -> tuple:
+        """Return gain A, B, the bias and the strength of each sample, (batch, ...), zero where its name is another."""
+        unique = [name if name in names else BASE for name in adapter_names.unique]
+
+        def table(values: Callable[[str], float]) -> torch.Tensor:
+            numbers = tuple(0.0 if name == BASE else values(name) for name in unique)
+            return adapter_names.tensor(numbers, b.dtype, b.device)
+
+        parts: list[Any] = [stack_weights(part, unique) for part in (self.surm_A, self.surm_B, self.surm_bias)]
+        a, b, bias = parts
+        a = a * table(self.gain).reshape(-1, *(1,) * (a.dim() - 1))
+        tensors = (a, b) if bias is None else (a, b, bias, table(self.scaling.__getitem__)[:, None])
+        a, b, *rest = map(adapter_names.gather, tensors)
+        return a, b, *(rest or (None, None))
+
+    def add_update(
+        self,
+        result: torch.Tensor,
+        x: torch.Tensor,
+        adapter_name: str,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        strength: Union[float, torch.Tensor],
+    ) -> torch.Tensor:
+        """Return the output `result` for the input `x` with an update of the kind of an adapter, in its dtype."""
+        inputs = self.surm_dropout[adapter_name](x if bias is None else result)
+        update = self.surm_structure[adapter_name].matmul(inputs, a, b, self.out_features)
+        if bias is not None:
+            update = strength * (F.gelu(update) + bias)
+        return result + update.to(result.dtype)
 
     def adapted_weight(self, weight: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         for name in adapter_names:
-            update = (self.scaling[name] * self.matrix(name)).to(weight)
+            update = self.matrix(name).to(weight)
             weight = weight + (update.T if isinstance(self.get_base_layer(), Conv1D) else update)
         return weight
 

@@ -75,6 +75,17 @@ class SurmModel(TargetModel):
         return Linear if backend is not None and backend.layer_type == "linear" else None
 
     @classmethod
+    def check(cls, config: SurmConfig, model: nn.Module) -> None:  # type: ignore[override]
+        super().check(config, model)
+        for key, module in outer_modules(model):
+            weight = getattr(module, "weight", None)
+            if cls._check_target_module_exists(config, key) and torch.is_tensor(weight) and weight.is_complex():
+                raise ValueError(
+                    f"Target module {key} is not supported: its weight is complex, and SURM's matrices are real. Leave it "
+                    "out of `target_modules` or name it in `exclude_modules`."
+                )
+
+    @classmethod
     def default_targets(cls, config: SurmConfig, model: nn.Module) -> set[str]:  # type: ignore[override]
         endings = tuple(f".{name}" for name in DEFAULT_TARGETS[config.placement])
         names = {

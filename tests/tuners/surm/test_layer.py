@@ -141,21 +141,92 @@ def test_set_scale_and_scale_layer_are_the_update_s_strength(placement):
     assert_strength(1)
 
 
-def test_mixed_batch_is_each_sample_s_own_adapter():
-    _, model, x = adapt("square", "toeplitz")
-    model.add_adapter("other", SurmConfig(target_modules=["layer"], placement="sequential", init_weights=False))
-    model.double().eval()
-    names = ["other", "__base__", "default", "other"]
-    x = torch.randn(4, 3, 7, dtype=torch.float64)
+ADAPTERS = {
+    "circulant": {"structure": "circulant", "alpha": 0.7},
+    "again": {"structure": "circulant", "alpha": -2.0},
+    "toeplitz": {"structure": "toeplitz"},
+    "kronecker": {"structure": "kronecker"},
+    "ldr": {"structure": "ldr", "r": 2},
+    "after": {"structure": "circulant", "placement": "sequential", "alpha": 3.0},
+    "after-2": {"structure": "circulant", "placement": "sequential"},
+}
+
+
+def many_adapters(layer_name):
+    _, model, x = adapt(layer_name, "circulant")
+    for name, config in ADAPTERS.items():
+        model.add_adapter(name, SurmConfig(target_modules=["layer"], init_weights=False, **config))
+    for name, strength in {"again": 0.5, "after": 0.5, "after-2": -1.0}.items():
+        model.base_model.set_scale(name, strength)
+    for bias in model.base_model.model.layer.surm_bias.values():
+        bias.weight.data.normal_()
+    return model.double(), x
+
+
+def alone(model, x, name):
+    if name == "__base__":
+        with model.disable_adapter():
+            return model(x)
+    model.base_model.set_adapter(name)
+    return model(x)
+
+
+@pytest.mark.parametrize("layer_name", ["square", "wide"])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)], ids=str)
+def test_mixed_batch_is_each_sample_s_own_adapter(layer_name, shape):
+    model, x = many_adapters(layer_name)
+    names = [*ADAPTERS, "__base__", "ldr", "after", "default"]
+    x = torch.randn(len(names), *shape, x.shape[-1], dtype=torch.float64)
     mixed = model(x, adapter_names=names)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, adapter_names=names), mixed)
     for i, name in enumerate(names):
-        if name == "__base__":
-            with model.disable_adapter():
-                alone = model(x[i : i + 1])
-        else:
-            model.set_adapter(name)
-            alone = model(x[i : i + 1])
-        torch.testing.assert_close(mixed[i : i + 1], alone)
+        torch.testing.assert_close(mixed[i : i + 1], alone(model, x[i : i + 1], name))
+
+
+def test_mixed_batch_trains_each_sample_s_own_adapter():
+    model, x = many_adapters("square")
+    names = [*ADAPTERS, "__base__", "ldr", "after"]
+    x = torch.randn(len(names), 3, x.shape[-1], dtype=torch.float64)
+    model.train()
+    model.set_requires_grad(list(ADAPTERS))
+    model(x, adapter_names=names).square().sum().backward()
+    found = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    assert found and not any("base_layer" in key or "default" in key for key in found)
+    model.zero_grad()
+    for i, name in enumerate(names[: len(ADAPTERS)] + names[-2:]):
+        i = i if i < len(ADAPTERS) else i + 1
+        alone(model, x[i : i + 1], name).square().sum().backward()
+    expected = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("placement", ["parallel", "sequential"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_torch_func_gives_gradients_per_sample(structure, placement):
+    _, model, x = adapt("wide", structure, placement=placement)
+    base = model.get_base_model()
+    parameters = {name: p.detach() for name, p in base.named_parameters() if p.requires_grad}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(base, parameters, (x,)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i, sample in enumerate(x):
+        torch.testing.assert_close(
+            {name: gradient[i] for name, gradient in found.items()}, torch.func.grad(loss)(parameters, sample)
+        )
+    model.zero_grad()
+    loss(dict(base.named_parameters()), x).backward()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient.sum(0), base.get_parameter(name).grad)
+
+
+def test_complex_layers_are_refused():
+    base = Wrapper(nn.Linear(4, 4, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="layer.*complex"):
+        get_peft_model(base, SurmConfig(target_modules=["layer"]))
+    assert type(base.layer) is nn.Linear
 
 
 def test_dropout_acts_in_training_only_and_follows_the_mode():

@@ -108,7 +108,10 @@ def _signs(n: int, like: Tensor) -> Tensor:
 
 def diagonals_to_dense(diagonals: Tensor, rows: int, columns: int) -> Tensor:
     """(..., rows + columns - 1), from the top right corner to the bottom left one, to (..., rows, columns)."""
-    return diagonals.unfold(-1, columns, 1).flip(-1)
+    # each row is the one above it, moved by one: repeated with a gap of one, and read in steps of one less than that
+    step = rows + columns - 1
+    repeated = F.pad(diagonals.flip(-1), (0, 1)).unsqueeze(-2).expand(*diagonals.shape[:-1], rows, step + 1)
+    return repeated.flatten(-2)[..., rows - 1 : rows - 1 + rows * step].unflatten(-1, (rows, step))[..., :columns]
 
 
 def wrapped(v: Tensor, f: int, rows: int, columns: int) -> Tensor:

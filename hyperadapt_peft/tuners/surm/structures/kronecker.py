@@ -30,15 +30,15 @@ class Kronecker(Structure):
         (p, q), (r, s) = a.shape[1:], b.shape[1:]
         x = x.unflatten(-1, (q, s))
         if s * (q + r) * p <= q * (s + p) * r:
-            y = _times(_times(x.mT, a).mT, b)
+            y = _times(_times(x.transpose(-2, -1), a).transpose(-2, -1), b)
         else:
-            y = _times(_times(x, b).mT, a).mT
+            y = _times(_times(x, b).transpose(-2, -1), a).transpose(-2, -1)
         return y.flatten(-2)
 
 
 def _times(x: Tensor, matrix: Tensor) -> Tensor:
     """(batch, tokens, m, n) times the transpose of (batch, k, n): (batch, tokens, m, k)."""
-    return (x.flatten(1, 2) @ matrix.mT).unflatten(1, x.shape[1:3])
+    return (x.flatten(1, 2) @ matrix.transpose(-2, -1)).unflatten(1, (-1, x.shape[2]))
 
 
 @cache

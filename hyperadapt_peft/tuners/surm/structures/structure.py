@@ -51,14 +51,15 @@ class Structure:
             a, b = a.unsqueeze(0), b.unsqueeze(0)
         dtype = torch.promote_types(torch.promote_types(x.dtype, a.dtype), torch.float32)
         z, a, b = x.to(dtype).reshape(len(a), -1, x.shape[-1]), a.to(dtype), b.to(dtype)
-        # the FFT library refuses empty batches (an expert without tokens)
-        use_dense = max(out_features, x.shape[-1]) <= self.dense_up_to or z.numel() == 0
+        # ONNX has no complex numbers, tracing makes tensors of sizes, and the FFT library refuses empty batches
+        exported = torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+        use_dense = max(out_features, x.shape[-1]) <= self.dense_up_to or exported or z.numel() == 0
         y = (self.dense_matmul if use_dense else self.fft_matmul)(z, a, b, out_features)
         return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
 
     def dense_matmul(self, x: Tensor, a: Tensor, b: Tensor, out_features: int) -> Tensor:
         """`matmul` of x (batch, tokens, in) and factors with a batch dimension, by building the matrix."""
-        return x @ self.dense(a, b, out_features, x.shape[-1]).mT
+        return x @ self.dense(a, b, out_features, x.shape[-1]).transpose(-2, -1)
 
     def fft_matmul(self, x: Tensor, a: Tensor, b: Tensor, out_features: int) -> Tensor:
         """`matmul` of x (batch, tokens, in) and factors with a batch dimension, by FFTs."""
