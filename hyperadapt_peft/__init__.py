@@ -5,16 +5,14 @@ from .adapters.hotswap import hotswap_adapter
 from .adapters.inspection import inspect_adapter
 from .adapters.loading import load_adapters
 from .integrations.hub import keep_usage
-from .integrations.saving import save_whole
-from .tuners.common.loading import guard_loading
+from .integrations.transformers import check_loading
 from .tuners.hyperadapt import HyperAdaptConfig, HyperAdaptModel
 from .tuners.surm import SurmConfig, SurmModel
 from .version import __version__
 
 
-guard_loading()
+check_loading()
 keep_usage()
-save_whole()
 
 __all__ = [
     "HyperAdaptConfig",

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
-from collections.abc import Iterable
+import uuid
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, cast
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, PeftType
-from transformers.utils import PushToHubMixin
+
+from ..version import INSTALL
 
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from peft.config import PeftConfig
 
 _BEGIN, _END = "<!-- hyperadapt_peft: usage -->", "<!-- hyperadapt_peft: end of usage -->"
@@ -37,7 +36,7 @@ PEFT finds this adapter's method only after `import hyperadapt_peft`; without it
 `KeyError: '{peft_type}'`.
 
 ```bash
-pip install hyperadapt_peft
+{install}
 ```
 
 ```python
@@ -73,6 +72,7 @@ def usage(config: PeftConfig, subfolder: str = "") -> str:
     return _USAGE.format(
         begin=_BEGIN,
         end=_END,
+        install=INSTALL,
         peft_type=PeftType(config.peft_type).value,
         snippet=snippet,
         base=base,
@@ -80,84 +80,72 @@ def usage(config: PeftConfig, subfolder: str = "") -> str:
     )
 
 
-def add_usage(directory: str | Path, config: PeftConfig, subfolder: str = "", tags: Iterable[str] = ()) -> None:
-    """Put `usage(config)` into the README.md in `directory`, after its title; an older one is replaced.
-
-    Metadata and text that are there already stay. A README is made if there is none; it does not say which library it
-    is for, because transformers' `Trainer` takes every model whose README says PEFT for a `PeftModel`.
+def add_usage(directory: str | Path, config: PeftConfig) -> None:
+    """Put `usage(config)` into the README.md in `directory`; there are never two of it, nor half a file.
 
     Args:
-        directory (`str | Path`): Where the README is, or will be.
+        directory (`str | Path`): Where the adapter is, and the README is or will be.
         config ([`PeftConfig`]): The adapter's configuration.
-        subfolder (`str`): Where in `directory` the adapter is.
-        tags (`Iterable[str]`): More tags to put into the metadata.
     """
     path = Path(directory) / "README.md"
+    card = _with_usage(path, config)
+    written = path.with_name(f".{uuid.uuid4().hex}.md")  # others may write the same README at the same time
+    card.save(written)
+    written.replace(path)
+
+
+def _with_usage(path: Path, config: PeftConfig, subfolder: str = "") -> ModelCard:
+    """Return the card in `path` with the section after its title; an older one is replaced, all else stays.
+
+    A card is made if there is none; it does not say which library it is for, because transformers' `Trainer` takes every
+    model whose README says PEFT for a `PeftModel`.
+    """
     method = PeftType(config.peft_type).value.lower()
     if path.exists():
         card = ModelCard.load(path, ignore_metadata_errors=True)
     else:
-        data = ModelCardData(base_model=config.base_model_name_or_path or None)
-        card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {method} adapter\n")
-    card.data.tags = sorted({*(card.data.tags or []), *tags, method})
+        card = ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n\n# {method} adapter\n")
+    card.data.base_model = card.data.get("base_model") or config.base_model_name_or_path or None
+    card.data.tags = sorted({*(card.data.tags or []), method})
     text = re.sub(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}\n*", "", card.text, flags=re.DOTALL)
     title = re.search(r"^# .*\n+", text, flags=re.MULTILINE)
     at = title.end() if title else 0
     card.text = f"{text[:at]}{usage(config, subfolder)}\n{text[at:]}"
-    card.save(path)
+    return card
 
 
 def keep_usage() -> None:
-    """Make the section survive those who write a new README over it: `push_to_hub` and transformers' `Trainer`.
+    """Put the section into each README that is uploaded from a directory with an adapter of this package.
 
-    Two methods are wrapped, in memory and once: the one that writes PEFT's part of a `PeftModel`'s README, and the one
-    by which every `push_to_hub` (of a `PeftModel`, of a transformers model with an adapter, of a config) uploads a
-    directory. For all that is not an adapter of this package they do exactly what they did; should one of them be gone,
-    both stay as they are, with one warning.
+    `push_to_hub` of PEFT and transformers, the Trainer and sentence-transformers write a new README over the one that
+    was saved, each in its own way. What they have in common is the class that says which file is uploaded, so its
+    constructor is wrapped, in memory and once. Files on the disk stay as they are, and so do all other uploads.
     """
-    from peft import PeftModel
+    operation = cast(Any, CommitOperationAdd)
+    init = getattr(operation.__init__, "as_given", operation.__init__)
 
-    model, mixin = cast(Any, PeftModel), cast(Any, PushToHubMixin)
-    try:
-        write, upload = model.create_or_update_model_card, mixin._upload_modified_files
-    except AttributeError as exc:
-        warnings.warn(f"The README of a pushed adapter will not say how to load it: {exc}", stacklevel=2)
-        return
-    if hasattr(upload, "keeps_usage"):
-        return
+    @wraps(init)
+    def __init__(self: CommitOperationAdd, path_in_repo: str, path_or_fileobj: Any, *args: Any, **kwargs: Any) -> None:
+        path = Path(path_or_fileobj) if isinstance(path_or_fileobj, (str, Path)) else None
+        if path and path.name == "README.md" and path.is_file() and (found := _adapter_beside(path)):
+            path_or_fileobj = str(_with_usage(path, *found)).encode()
+        init(self, path_in_repo, path_or_fileobj, *args, **kwargs)
 
-    @wraps(write)
-    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
-        name = "default" if "default" in self.peft_config else self.active_adapter
-        config, readme = self.peft_config[name], Path(output_dir) / "README.md"
-        if not is_own(type(config)):
-            return write(self, output_dir)
-        tags = ModelCard.load(readme).data.tags if readme.exists() else None
-        write(self, output_dir)  # drops the tags that are there
-        add_usage(output_dir, config, subfolder="" if name == "default" else name, tags=tags or ())
-
-    @wraps(upload)
-    def _upload_modified_files(self: PushToHubMixin, working_dir: str, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self, PeftModel) and is_own(type(self.active_peft_config)):
-            self.create_or_update_model_card(working_dir)
-        elif config := _own_config_in(working_dir):
-            add_usage(working_dir, config)
-        return upload(self, working_dir, *args, **kwargs)
-
-    cast(Any, _upload_modified_files).keeps_usage = True
-    model.create_or_update_model_card, mixin._upload_modified_files = (
-        create_or_update_model_card,
-        _upload_modified_files,
-    )
+    cast(Any, __init__).as_given = init
+    operation.__init__ = __init__
 
 
-def is_own(config_cls: Any) -> bool:
-    """Whether a config class is of this package."""
-    return getattr(config_cls, "__module__", "").partition(".")[0] == __name__.partition(".")[0]
-
-
-def _own_config_in(directory: str | Path) -> Optional[PeftConfig]:
-    path = Path(directory) / CONFIG_NAME
-    peft_type: Any = json.loads(path.read_text()).get("peft_type") if path.exists() else None
-    config_cls: Any = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
-    return config_cls.from_pretrained(str(directory)) if is_own(config_cls) else None
+def _adapter_beside(readme: Path) -> Optional[tuple[PeftConfig, str]]:
+    """Return the config of this package's adapter beside a README or, if that is a model's card, below it; and where."""
+    paths = [readme.with_name(CONFIG_NAME)]
+    if re.search("^library_name: (peft|transformers)$", readme.read_text(encoding="utf-8"), flags=re.MULTILINE):
+        paths += sorted(readme.parent.glob(f"*/{CONFIG_NAME}"))  # adapters of other names than "default"
+    for path in paths:
+        try:
+            config_cls: Any = PEFT_TYPE_TO_CONFIG_MAPPING[json.loads(path.read_text())["peft_type"]]
+        except (OSError, ValueError, TypeError, KeyError):
+            continue  # not there, or none that PEFT reads
+        if config_cls.__module__.partition(".")[0] == __name__.partition(".")[0]:
+            subfolder = "" if path.parent == readme.parent else path.parent.name
+            return config_cls.from_pretrained(str(path.parent)), subfolder
+    return None

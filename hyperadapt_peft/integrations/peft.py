@@ -9,20 +9,27 @@ from __future__ import annotations
 
 import threading
 import warnings
-from importlib import import_module
-from inspect import getattr_static
-from typing import TYPE_CHECKING, Any, Union
+from typing import Any, Union, cast
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+import peft.mixed_model
+from peft.config import PeftConfig
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners import mixed
+from peft.tuners.mixed import model as mixed_model
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType, register_peft_method
+from torch import nn
 
+from ..tuners.common.config import TargetConfig
+from ..tuners.common.loading import AtomicInjection
 
-if TYPE_CHECKING:
-    from peft.config import PeftConfig
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
 _lock = threading.RLock()
-_DISPATCHED = ("_prepare_adapter_config", "_prepare_model", "_create_and_replace")  # methods of PEFT's MixedModel
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -90,59 +97,45 @@ def register_peft_type(
         else:  # an older copy of our own module
             PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
             PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
-        if _register_mixed(peft_type, config_cls, layer_cls):
-            PEFT_TYPE_TO_MIXED_MODEL_MAPPING[peft_type] = model_cls
+        _register_mixed(peft_type, config_cls, layer_cls)
 
 
-def _register_mixed(peft_type: PeftType, config_cls: type[PeftConfig], layer_cls: type[BaseTunerLayer]) -> bool:
-    """Let `PeftMixedModel` accept the type, or warn and leave it as it is if its private tables have changed.
-
-    Returns:
-        Whether it was done.
-    """
+def _register_mixed(peft_type: PeftType, config_cls: type[PeftConfig], layer_cls: type[BaseTunerLayer]) -> None:
+    """Let `PeftMixedModel` accept the type, or warn and leave it as it is if its private tables have changed."""
+    tables, prefix = cast(Any, mixed_model), PEFT_TYPE_TO_PREFIX_MAPPING[peft_type]
     try:
-        mixed: Any = import_module("peft.tuners.mixed")
-        mixed_model: Any = import_module("peft.tuners.mixed.model")
-        model_cls = mixed_model.MixedModel
-        compatible, prefixes = mixed_model.COMPATIBLE_TUNER_TYPES, mixed_model.PREFIXES
-        configs, layers = mixed_model.Configs, mixed_model.Layers
-        prefix = f"{peft_type.value.lower()}_"
-        # read all, and check all, before the first write
-        _ = mixed.COMPATIBLE_TUNER_TYPES, configs.__args__
-        _ = [getattr(model_cls, name) for name in _DISPATCHED]
-        new_compatible = (*(t for t in compatible if t != peft_type), peft_type)
-        new_layers = (*layers, layer_cls)
-        new_prefixes = [*(p for p in prefixes if p != prefix), prefix]
-    except (ImportError, AttributeError, TypeError) as exc:
+        # read all before the first write
+        compatible, _ = tables.COMPATIBLE_TUNER_TYPES, mixed.COMPATIBLE_TUNER_TYPES
+        configs, layers = tables.Configs, tables.Layers
+        tables.PREFIXES[:] = dict.fromkeys((*tables.PREFIXES, prefix))
+    except AttributeError as exc:
         warnings.warn(f"PeftMixedModel of this PEFT cannot take {peft_type.value} adapters: {exc}", stacklevel=3)
-        return False
-    _dispatch_mixed_by_type(model_cls)
-    mixed_model.COMPATIBLE_TUNER_TYPES = mixed.COMPATIBLE_TUNER_TYPES = new_compatible
-    mixed_model.Configs = Union[configs, config_cls]
-    mixed_model.Layers = new_layers
-    prefixes[:] = new_prefixes
-    return True
-
-
-def _dispatch_mixed_by_type(model_cls: Any) -> None:
-    """Send configs of types registered here to their own tuner; `MixedModel` knows PEFT's by isinstance only.
-
-    The class is looked up by `peft_type` at every call, so that a reloaded tuner is found.
-    """
-    if hasattr(model_cls, "_hyperadapt_dispatch"):
         return
+    tables.COMPATIBLE_TUNER_TYPES = mixed.COMPATIBLE_TUNER_TYPES = tuple(dict.fromkeys((*compatible, peft_type)))
+    tables.Configs = Union[configs, config_cls]
+    tables.Layers = (*layers, layer_cls)
+    cast(Any, peft.mixed_model).MixedModel = MixedModel
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING[peft_type] = PEFT_TYPE_TO_TUNER_MAPPING[peft_type]
 
-    def dispatched(name: str) -> Any:
-        method = getattr_static(model_cls, name)
 
-        def call(self, config, *args, **kwargs):
-            tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
-            if tuner.__module__.partition(".")[0] == __name__.partition(".")[0]:
-                return getattr(tuner, name)(self, config, *args, **kwargs)
-            return method.__get__(self, model_cls)(config, *args, **kwargs)
+class MixedModel(AtomicInjection, mixed_model.MixedModel):
+    """`PeftMixedModel`'s model, which leaves the configs of this package to their own tuners."""
 
-        return call
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:  # type: ignore[override]
+        if tuner := _own_tuner(peft_config):
+            return tuner._prepare_adapter_config(self, peft_config, model_config)
+        return super()._prepare_adapter_config(peft_config, model_config)
 
-    for name in _DISPATCHED:
-        setattr(model_cls, name, dispatched(name))
-    model_cls._hyperadapt_dispatch = True
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        if tuner := _own_tuner(peft_config):
+            tuner._prepare_model(self, peft_config, model)
+
+    def _create_and_replace(self, config: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        if tuner := _own_tuner(config):
+            tuner._create_and_replace(self, config, *args, **kwargs)
+        else:
+            super()._create_and_replace(config, *args, **kwargs)
+
+
+def _own_tuner(config: Any) -> Any:
+    return PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)] if isinstance(config, TargetConfig) else None

@@ -14,6 +14,7 @@ import shutil
 import signal
 import struct
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ from hyperadapt_peft import HyperAdaptConfig, SurmConfig
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 10  # for one file; loading takes a hundredth of that
 REFUSALS = (SafetensorError, ValueError, TypeError, RuntimeError, KeyError, OSError, pickle.UnpicklingError)
+HOOK = "_remap_adapter_state_dict_for_load"  # where PEFT shows the tuner what it has read
+IDS = torch.arange(8)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -272,6 +275,7 @@ def fuzz(files: int, seed: int, progress: bool = False) -> dict[str, Any]:
                     PeftModel.from_pretrained(net(), good[name], adapter_name="first") if second else net()
                 )
             model: Any = models[name, second]
+            shown, outputs = True, model(IDS)
             before, values = state_of(model), [(key, p, p.clone()) for key, p in model.named_parameters()]
             try:
                 with time_limit(SECONDS):
@@ -282,6 +286,7 @@ def fuzz(files: int, seed: int, progress: bool = False) -> dict[str, Any]:
                     model.delete_adapter("second")
             except REFUSALS as exc:
                 outcome = f"refused: {type(exc).__name__}"
+                shown = any(frame.name == HOOK for frame in traceback.extract_tb(exc.__traceback__))
             except BaseException as exc:  # noqa: BLE001  (whatever else it is, it is a failure)
                 outcome = f"failed: {type(exc).__name__}: {exc}"
             different = [
@@ -291,7 +296,12 @@ def fuzz(files: int, seed: int, progress: bool = False) -> dict[str, Any]:
             ]
             if outcome != "loaded":
                 after = state_of(model)
-                different += [key for key in before if before[key] != after[key]]
+                changed = [key for key in before if before[key] != after[key]]
+                if shown or not torch.equal(model(IDS), outputs):
+                    different += changed
+                elif changed:  # an adapter that changes nothing: PEFT did not get as far as the tuner's hook
+                    outcome += ", an untrained adapter left"
+                    del models[name, second]
             counts[f"{kind}: {outcome}"] += 1
             if different or outcome.startswith("failed"):
                 failures.append(

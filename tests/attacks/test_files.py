@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 
 from ..tiny import build
-from .attack import ENTRIES, Attacks, check_refused, read_tensors, untouched, weights
+from .attack import CONFIGS, ENTRIES, Attacks, check_refused, harmless, read_tensors, tensors, untouched, weights
 
 
 attacks = Attacks()
@@ -234,7 +234,7 @@ def a_pickle_of_no_tensors(adapter):
 
 @attacks.cases(but=("low_cpu_mem_usage", "native_second"))  # they differ after the files are read
 def test_refused(attack, entry, good, bad):
-    check_refused(attack, entry, good, bad)
+    check_refused(attack._replace(unread=attack.spoil is not a_pickle_of_no_tensors), entry, good, bad)
     assert not (bad / "sign").exists()
 
 
@@ -259,11 +259,39 @@ def test_a_link_to_a_good_file_loads(good, bad):
     PeftModel.from_pretrained(build("llama")[0], bad)
 
 
-def test_an_interrupted_load_is_undone(bad, monkeypatch):
+@pytest.mark.parametrize("error", [SafetensorError, KeyboardInterrupt])
+def test_after_an_unread_file_the_good_one_loads(good, bad, error, monkeypatch):
+    """The adapter that an unreadable file, or an interruption, has left behind changes nothing and is not in the way."""
+
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("peft.peft_model.load_peft_weights", interrupt)
-    model = build("llama")[0]
-    with untouched(model), pytest.raises(KeyboardInterrupt):
-        PeftModel.from_pretrained(model, bad)
+    load = "peft.peft_model.load_peft_weights"
+    weights(bad).write_bytes(b"")
+    model, batch, _ = build("llama")
+    expected = PeftModel.from_pretrained(build("llama")[0], good)(**batch).logits
+    with monkeypatch.context() as patches:
+        if error is KeyboardInterrupt:
+            patches.setattr(load, interrupt)
+        with harmless(model), pytest.raises(error):
+            PeftModel.from_pretrained(model, bad)
+    model = PeftModel.from_pretrained(model, good)
+    assert torch.equal(model(**batch).logits, expected)
+
+    with harmless(model), pytest.raises(SafetensorError):
+        model.load_adapter(bad, "second")
+    model.load_adapter(good, "second")
+    model.set_adapter("second")
+    assert torch.equal(model(**batch).logits, expected)
+
+
+def test_a_refused_load_over_an_adapter_that_is_there_keeps_it(good, bad):
+    """Such as a trained one, into which the Trainer loads its best checkpoint."""
+    with tensors(bad) as state:
+        state[min(state)].fill_(torch.nan)
+    for model in (
+        PeftModel.from_pretrained(build("llama")[0], good),
+        get_peft_model(build("llama")[0], CONFIGS[good.name]()),
+    ):
+        with untouched(model), pytest.raises(ValueError, match="not finite"):
+            model.load_adapter(bad, "default")

@@ -112,7 +112,7 @@ def test_a_peft_that_ships_the_method_keeps_its_own():
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("gone", ["PREFIXES", "COMPATIBLE_TUNER_TYPES", "Configs", "Layers", "MixedModel"])
+@pytest.mark.parametrize("gone", ["PREFIXES", "COMPATIBLE_TUNER_TYPES", "Configs", "Layers"])
 def test_mixed_steps_back_when_peft_s_tables_change(gone, monkeypatch):
     monkeypatch.delattr(mixed_model, gone)
     before, prefixes = dict(vars(mixed_model)), list(getattr(mixed_model, "PREFIXES", []))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hyperadapt_peft import HyperAdaptConfig
+from hyperadapt_peft.version import INSTALL
 
 from ..tiny import build
 
@@ -98,7 +99,7 @@ def test_without_the_import_the_card_has_the_remedy(saved):
 def test_the_card_names_install_base_and_method_and_keeps_what_is_there(saved):
     path, *_ = saved
     card = (path / "adapter/README.md").read_text()
-    assert "pip install hyperadapt_peft" in card and str(path / "base") in card and "`HyperAdaptConfig`" in card
+    assert INSTALL in card and str(path / "base") in card and "`HyperAdaptConfig`" in card
     (path / "adapter/README.md").write_text(card + "\nWritten by hand.\n")
     model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(path / "base"), path / "adapter")
     model.save_pretrained(path / "adapter")

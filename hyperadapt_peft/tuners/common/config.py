@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Any, Optional, Union, cast
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
 from torch import nn
 
 from ...integrations.hub import add_usage
+from ...version import INSTALL
 
 
 FORMAT_VERSION = 2  # of adapter files; raised as tests/golden/README.md says
@@ -91,6 +92,10 @@ class TargetConfig(PeftConfig):
         metadata={"help": "The version of the adapter's file format, not to be set by hand."},
     )
 
+    # Of a config that was read from a file, until the adapter's weights are loaded: the names of the parameters that were
+    # trainable before its layers were added, which a refused load restores. No field, and never saved.
+    trainable_before = cast(Optional[set[str]], None)
+
     def __post_init__(self):
         if self.format_version is None:  # PEFT writes its version into every file; the first files had no other
             self.format_version = FORMAT_VERSION if self.peft_version is None else 1
@@ -100,7 +105,7 @@ class TargetConfig(PeftConfig):
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"The adapter's `format_version` is {self.format_version}, and this hyperadapt_peft reads versions up to "
-                f"{FORMAT_VERSION}. Upgrade it: `pip install --upgrade hyperadapt_peft`."
+                f"{FORMAT_VERSION}. Install a newer one: `{INSTALL}`."
             )
         self._read_version(self.format_version)
         self.format_version = FORMAT_VERSION
@@ -131,6 +136,14 @@ class TargetConfig(PeftConfig):
 
     def _read_version(self, version: int) -> None:
         """Give the fields the meaning that a file of this version had."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> TargetConfig:
+        """Read `adapter_config.json`, as PEFT's `from_pretrained`. `init_weights` is True: should the weights, which come
+        from a file too, be unreadable, the adapter changes nothing."""
+        config = super().from_pretrained(*args, **kwargs)
+        config.init_weights, config.trainable_before = True, set()
+        return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save `adapter_config.json`, and in the README beside it how to install and load the adapter.

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import wraps
+from contextlib import contextmanager, suppress
 from typing import Any, Optional, cast
 
 import torch
-from peft import PeftConfig, PeftMixedModel, PeftModel
-from peft.tuners.tuners_utils import _filter_state_dict_by_key_prefixes, _get_tuner_state_dict_key_prefixes
+from peft import PeftConfig
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    _filter_state_dict_by_key_prefixes,
+    _get_tuner_state_dict_key_prefixes,
+)
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers.integrations.peft import PeftAdapterMixin
 
-from .config import TargetConfig
+from .config import TargetConfig, check_adapter_name
 from .layer import TargetLayer
 
 
@@ -41,7 +42,6 @@ def check_tensors(
     required: Mapping[str, torch.Tensor],
     given: Mapping[str, torch.Tensor],
     optional: Optional[Mapping[str, torch.Tensor]] = None,
-    ignore_mismatched_sizes: bool = False,
 ) -> None:
     """Check that `given` has the names and shapes of `required`, is finite, and writes to nothing but them and `optional`.
 
@@ -51,7 +51,6 @@ def check_tensors(
         required: The adapter's tensors in the model.
         given: The tensors to be loaded into them.
         optional: Other tensors of the model that a file may hold.
-        ignore_mismatched_sizes: PEFT's option: tensors of another shape will be left out of the loading.
 
     Raises:
         RuntimeError: A tensor has another shape; the message names it.
@@ -68,10 +67,12 @@ def check_tensors(
             raise ValueError(f"{who} {kind} the tensor {min(names)}{more}; is it an adapter of this model and config?")
     for name, tensor in given.items():
         # ZeRO-3 empties what it has sharded
-        if expected[name].numel() and tensor.shape != expected[name].shape and not ignore_mismatched_sizes:
+        if expected[name].numel() and tensor.shape != expected[name].shape:
             raise RuntimeError(  # as torch's load_state_dict, but before it has copied the tensors that fit
                 f"size mismatch for {name}: its shape is {tuple(tensor.shape)}, but the model needs "
-                f"{tuple(expected[name].shape)}; is it an adapter of this model and config?"
+                f"{tuple(expected[name].shape)}; is it an adapter of this model and config? PEFT's option "
+                "`ignore_mismatched_sizes` does not reach this method: build the model with the adapter's sizes "
+                "(`num_labels`, the vocabulary)."
             )
         if not expected[name].is_floating_point():  # a saved module's counters, a quantized embedding
             if tensor.dtype != expected[name].dtype:
@@ -114,11 +115,77 @@ def loadable_tensors(model: nn.Module, adapter_name: str, state: Tensors) -> tup
 def _embeddings(model: nn.Module) -> set[nn.Module]:
     found = set()
     for getter in ("get_input_embeddings", "get_output_embeddings"):
-        module = getattr(model, getter, lambda: None)()
+        module = None
+        with suppress(AttributeError, NotImplementedError):  # vision and audio models may have none
+            module = getattr(model, getter)()
         while isinstance(module, nn.Module):  # the wrappers around it, and it
             found.add(module)
             module = getattr(module, "base_layer", getattr(module, "original_module", None))
     return found
+
+
+class AtomicInjection(BaseTuner):
+    """A tuner that adds all layers of an adapter or, on an error, none, and can remove them when the weights are refused."""
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter's layers, as PEFT's `inject_adapter`, or on an error none.
+
+        Raises:
+            TypeError: If the adapter's name is not a str.
+            ValueError: If the name cannot be a module's or a directory's, or the config does not fit the model.
+        """
+        check_adapter_name(adapter_name)
+        config = self.peft_config[adapter_name]
+        if isinstance(config, TargetConfig) and config.trainable_before is not None:
+            config.trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
+        try:
+            with all_or_nothing(model):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except IndexError as exc:
+            raise ValueError(f"`trainable_token_indices` has a token that the embedding has not: {exc}") from exc
+
+
+@contextmanager
+def removed_if_refused(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Remove an adapter that PEFT has added to load it, with its layers and wrappers, if the weights are refused.
+
+    An adapter that was there before stays: only a config that was read from a file for this load has `trainable_before`.
+    """
+    config = cast(Any, model).peft_config[adapter_name]
+    trainable, config.trainable_before = config.trainable_before, None
+    try:
+        yield
+    except BaseException:
+        if trainable is not None:
+            _remove_adapter(model, adapter_name, trainable)
+        raise
+
+
+def _remove_adapter(model: nn.Module, adapter_name: str, trainable: set[str]) -> None:
+    configs: Any = model.peft_config
+    del configs[adapter_name]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for name, module in reversed(list(model.named_modules())):  # inner layers first
+        if isinstance(module, TargetLayer):
+            module.delete_adapter(adapter_name)
+            original: Any = module.base_layer
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module.delete_adapter(adapter_name, [name for name in module.active_adapters if name != adapter_name])
+            original = module.original_module
+        else:
+            continue
+        if not module._get_available_adapters():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, original)
+    for parameter, requires_grad in trained:  # which wrappers change, when they set what is active
+        parameter.requires_grad_(requires_grad)
+    if configs:
+        return
+    for module in model.modules():
+        if vars(module).get("peft_config") is configs and not isinstance(module, BaseTuner):  # the base model
+            del module.peft_config
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(name in trainable)
 
 
 @contextmanager
@@ -149,81 +216,3 @@ def _attributes(model: nn.Module) -> Iterator[dict[str, Any]]:
         for name, value in list(vars(module).items()):
             if isinstance(value, dict) and "hooks" not in name:  # children, parameters, buffers, configs, ...
                 yield value
-
-
-def guard_loading() -> None:
-    """Make a refused adapter of this package leave no trace in the model, whichever call was to load it.
-
-    PEFT and transformers put an adapter's layers into the model before they read its weights, and have no hook for a
-    load that fails; transformers has none for the weights either. So their loading methods are wrapped, in memory and
-    once. Other methods' adapters are loaded exactly as they were; should one of the wrapped methods be gone, all stay as
-    they are, with one warning.
-    """
-    try:
-        model, mixed, mixin = cast(Any, PeftModel), cast(Any, PeftMixedModel), cast(Any, PeftAdapterMixin)
-        load, load_natively = model.load_adapter, mixin.load_adapter
-        constructors = [(cls, vars(cls)["from_pretrained"].__func__) for cls in (model, mixed)]
-    except (AttributeError, KeyError) as exc:
-        warnings.warn(f"A refused adapter will leave untrained layers in the model: {exc}", stacklevel=2)
-        return
-    if hasattr(load, "all_or_nothing"):
-        return
-
-    @wraps(load)
-    def load_adapter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with all_or_nothing(self), _named_cause(self):
-            return load(self, *args, **kwargs)
-
-    @wraps(load_natively)
-    def load_adapter_natively(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with all_or_nothing(self):
-            adapters = set(getattr(self, "peft_config", ()))
-            parameters = [(module, dict(module._parameters)) for module in self.modules()]
-            info = load_natively(self, *args, **kwargs)
-            for adapter_name in set(getattr(self, "peft_config", ())) - adapters:
-                _check_loaded(self, adapter_name, info, parameters)
-            return info
-
-    def guard(construct: Any) -> Any:
-        @wraps(construct)
-        def from_pretrained(cls: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            with all_or_nothing(model):
-                return construct(cls, model, *args, **kwargs)
-
-        return classmethod(from_pretrained)
-
-    cast(Any, load_adapter).all_or_nothing = True
-    model.load_adapter, mixin.load_adapter = load_adapter, load_adapter_natively
-    for cls, construct in constructors:
-        cls.from_pretrained = guard(construct)
-
-
-@contextmanager
-def _named_cause(model: nn.Module) -> Iterator[None]:
-    try:
-        yield
-    except KeyError as exc:  # PEFT's, for a tensor of `modules_to_save` or `trainable_token_indices`
-        key = str(exc.args[0])
-        if key.startswith("base_model.") and any(isinstance(module, TargetLayer) for module in model.modules()):
-            raise ValueError(f"The adapter file lacks the tensor {key}.") from exc
-        raise
-
-
-def _check_loaded(
-    model: nn.Module, adapter_name: str, info: Any, parameters: list[tuple[nn.Module, dict[str, Any]]]
-) -> None:
-    """Check what transformers has loaded as one of our adapters: `parameters` is what the modules had before."""
-    config = model.peft_config[adapter_name]  # type: ignore[index]
-    if not isinstance(config, TargetConfig):
-        return
-    state = model.state_dict()
-    required, optional = loadable_tensors(model, adapter_name, state)
-    names = {module: name for name, module in model.named_modules()}
-    replaced = {
-        f"{names[module]}.{key}"
-        for module, old in parameters
-        for key, parameter in module._parameters.items()
-        if old.get(key) is not parameter
-    }
-    given = {*required, *replaced, *info.unexpected_keys}.difference(info.missing_keys)
-    check_tensors(required, {name: state.get(name, torch.empty(0)) for name in given}, optional)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import (
-    BaseTuner,
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
     onload_layer,
@@ -24,15 +22,15 @@ from peft.tuners.tuners_utils import (
 from peft.utils import get_quantization_kwargs
 from torch import nn
 
-from .config import TargetConfig, check_adapter_name
+from .config import TargetConfig
 from .experts import fused_weights, is_selected
 from .layer import TargetLayer, modules_around_adapters
-from .loading import all_or_nothing, check_tensors, loadable_tensors
+from .loading import AtomicInjection, check_tensors, loadable_tensors, removed_if_refused
 from .mixed_batch import adapter_names_hooks
 from .targets import heads, outer_modules, refusal, save_heads, target_exactly
 
 
-class TargetModel(BaseTuner):
+class TargetModel(AtomicInjection):
     """A tuner that puts a [`TargetLayer`] around each target module.
 
     Sub-classes set PEFT's `prefix` and `tuner_layer_cls`, and here `layer_class_for` and `supported_layers`.
@@ -87,20 +85,6 @@ class TargetModel(BaseTuner):
                     f"Target module {key} is not supported: {reason}. Leave it out of `target_modules` or name it in "
                     "`exclude_modules`."
                 )
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter's layers, as PEFT's `inject_adapter`, or on an error none.
-
-        Raises:
-            TypeError: If the adapter's name is not a str.
-            ValueError: If the name cannot be a module's or a directory's, or the config does not fit the model.
-        """
-        check_adapter_name(adapter_name)
-        try:
-            with all_or_nothing(model):
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except IndexError as exc:
-            raise ValueError(f"`trainable_token_indices` has a token that the embedding has not: {exc}") from exc
 
     # `self` may be a MixedModel in the next three, so nothing of our own is looked up on it
 
@@ -181,15 +165,16 @@ class TargetModel(BaseTuner):
         cls, model: nn.Module, config: TargetConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         # before anything is loaded: PEFT loads what fits, says little of what does not, and takes NaN
-        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        state = model.state_dict()
-        required, optional = loadable_tensors(model, adapter_name, state)
-        # where the layers were injected without a PeftModel around them, PEFT removes its prefix after this hook
-        known = {**state, **optional}
-        given = {key if key in known else key.removeprefix("base_model.model."): v for key, v in state_dict.items()}
-        # PEFT does not pass its option on; its only caller of this hook, set_peft_model_state_dict, holds it
-        ignore = sys._getframe(1).f_locals.get("ignore_mismatched_sizes", False)
-        check_tensors(required, given, optional, ignore_mismatched_sizes=ignore)
+        with removed_if_refused(model, adapter_name):
+            state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            state = model.state_dict()
+            required, optional = loadable_tensors(model, adapter_name, state)
+            # where the layers were injected without a PeftModel around them, PEFT removes its prefix after this hook
+            known = {**state, **optional}
+            given = {
+                key if key in known else key.removeprefix("base_model.model."): v for key, v in state_dict.items()
+            }
+            check_tensors(required, given, optional)
         return state_dict
 
     def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
