@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 from hyperadapt_peft.cli import recipe as recipes
 from hyperadapt_peft.cli.compare import load
-from hyperadapt_peft.cli.data import local_path
 from hyperadapt_peft.cli.train import evaluate
 
 
@@ -36,14 +35,13 @@ SENTENCES = {
 def main() -> None:
     learned = load(ROOT / "configs/compare/arithmetic.yaml")
     name = next(iter(learned.methods))
-    _, values = learned.cell(name, learned.methods[name]["learning_rates"][0], learned.seeds[0])
+    _, values = learned.recipe_of(name, learned.methods[name].learning_rates[0], learned.seeds[0])
     metric = recipes.check(values).data.metric
     recipe = recipes.check(values | {"data": SENTENCES})
-    source = local_path(recipe.model.name)
 
     def sentences(directory: Path | None) -> float:
         full = directory is not None and not (directory / "adapter_config.json").exists()
-        model = AutoModelForCausalLM.from_pretrained(directory if full else source)
+        model = AutoModelForCausalLM.from_pretrained(directory if full else recipe.model.name)
         if directory is not None and not full:
             model = PeftModel.from_pretrained(model, directory)
         return evaluate(recipe, model)["test"][recipe.data.metric]
@@ -51,13 +49,13 @@ def main() -> None:
     results = {"untrained": {"sentences": [sentences(None)]}}
     for name, method in tqdm(learned.methods.items(), unit="method"):
         results[name] = {}
-        for rate in method["learning_rates"]:
-            cells = [ROOT / learned.cell(name, rate, seed)[0] for seed in learned.seeds]
-            cells = [cell for cell in cells if (cell / "adapter").is_dir()]  # the chosen rate has all seeds
-            sums = [json.loads((cell / "metrics.json").read_text())["after"]["validation"] for cell in cells]
+        for rate in method.learning_rates:
+            runs = [ROOT / learned.recipe_of(name, rate, seed)[0] for seed in learned.seeds]
+            runs = [run for run in runs if (run / "adapter").is_dir()]  # the chosen rate has all seeds
+            sums = [json.loads((run / "metrics.json").read_text())["after"]["validation"] for run in runs]
             results[name][f"{rate:g}"] = {
                 "sums": [score[metric] for score in sums],
-                "sentences": [sentences(cell / "adapter") for cell in cells],
+                "sentences": [sentences(run / "adapter") for run in runs],
             }
             (ROOT / "benchmarks/results/forgetting.json").write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))

@@ -2,7 +2,7 @@
 
 import sys
 
-from .cli.main import main
+from hyperadapt_cli import main
 
 
 if __name__ == "__main__":

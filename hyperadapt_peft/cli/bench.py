@@ -21,11 +21,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..tuners.hyperadapt import HyperAdaptConfig, HyperAdaptLayer
-from .errors import RecipeError, attempt, nearest
+from .errors import RecipeError, errors_about, suggestion
 from .memory import SavedTensors, peak_bytes, storages, stored_bytes, tensors
-from .models import build, find_task, load_config, make_batch
+from .models import build, load_config, make_batch
 from .recipe import read_tuner
-from .tasks import Task
+from .tasks import Task, find_task
 
 
 FROZEN = "frozen"
@@ -52,7 +52,7 @@ REPEATS = 3  # of loading and merging
 
 
 @dataclass
-class Contestant:
+class BenchmarkCase:
     """A model in training, and its optimizer; a frozen one has none."""
 
     model: Any
@@ -113,21 +113,24 @@ def bench(
     """
     for name in methods:
         if name not in METHODS:
-            raise RecipeError(f"methods: expected some of {', '.join(METHODS)}, got {name!r}{nearest(name, METHODS)}")
+            raise RecipeError(
+                f"methods: expected some of {', '.join(METHODS)}, got {name!r}{suggestion(name, METHODS)}"
+            )
     if rounds < 1:
         raise RecipeError(f"rounds: expected at least 1, got {rounds}")
     kind, config = find_task(task), load_config(model)
-    attempt("output_dir", lambda: Path(output_dir).mkdir(parents=True, exist_ok=True))
+    with errors_about("output_dir"):
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     base = build(config, kind, dtype)
     batch = make_batch(base, batch_size, sequence_length)
     names = dict.fromkeys([FROZEN, *methods])
-    contestants = {name: _contestant(name, base, kind) for name in tqdm(names, desc="models", unit="model")}
+    cases = {name: _build_case(name, base, kind) for name in tqdm(names, desc="models", unit="model")}
     rows = []
-    for name, contestant in (bar := tqdm(contestants.items(), desc="memory", unit="method")):
+    for name, case in (bar := tqdm(cases.items(), desc="memory", unit="method")):
         bar.set_postfix_str(name)
-        rows.append({"method": name, **_measure(contestant, base, batch)})
-    seconds = _time(contestants, batch, rounds)
+        rows.append({"method": name, **_measure(case, base, batch)})
+    seconds = _time(cases, batch, rounds)
     for row in rows:
         own = seconds[row["method"]]
         ratios = [step / frozen for step, frozen in zip(own, seconds[FROZEN], strict=True)]
@@ -168,12 +171,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _contestant(name: str, base: PreTrainedModel, task: Task) -> Contestant:
+def _build_case(name: str, base: PreTrainedModel, task: Task) -> BenchmarkCase:
     section = METHODS[name]
     if name == FROZEN or section is None:
         frozen = _share(base).requires_grad_(False)
         frozen.enable_input_require_grads()
-        return Contestant(frozen, None)
+        return BenchmarkCase(frozen, None)
     linears = _linears(base, task)
     if section["peft_type"] == "FULL":
         model = copy.deepcopy(base).requires_grad_(True)  # its steps change the weights
@@ -183,9 +186,10 @@ def _contestant(name: str, base: PreTrainedModel, task: Task) -> Contestant:
             key, size = BLOCKS[section["peft_type"]]
             section[key] = math.gcd(size, *(width for widths in linears.values() for width in widths))
         peft_config: Any = read_tuner(section, task)[1]
-        model = attempt(name, lambda: get_peft_model(_share(base), peft_config))
+        with errors_about(name):
+            model = get_peft_model(_share(base), peft_config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Contestant(model.train(), torch.optim.AdamW(trained, lr=1e-3))
+    return BenchmarkCase(model.train(), torch.optim.AdamW(trained, lr=1e-3))
 
 
 def _share(model: PreTrainedModel) -> PreTrainedModel:
@@ -201,29 +205,29 @@ def _linears(base: PreTrainedModel, task: Task) -> dict[str, tuple[int, int]]:
     return {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
 
 
-def _measure(contestant: Contestant, base: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _measure(case: BenchmarkCase, base: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     """A row of the table but for the step's time; two steps are made, which warm up."""
-    model, optimizer = contestant.model, contestant.optimizer
+    model, optimizer = case.model, case.optimizer
     saved = SavedTensors(tensors(model))
     with saved:
-        loss = contestant.forward(batch)
+        loss = case.forward(batch)
     row: dict[str, Any] = {
         "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "saved_bytes": saved.nbytes(),
     }
-    contestant.backward(loss)
+    case.backward(loss)
     del loss
     states = [value for state in optimizer.state.values() for value in state.values()] if optimizer else []
     own = stored_bytes(model) - stored_bytes(base) + sum(storages(states).values())
-    row["peak_bytes"] = own + peak_bytes(lambda: contestant.step(batch))
-    return row | _files(contestant, base)
+    row["peak_bytes"] = own + peak_bytes(lambda: case.step(batch))
+    return row | _files(case, base)
 
 
-def _files(contestant: Contestant, base: PreTrainedModel) -> dict[str, Any]:
+def _files(case: BenchmarkCase, base: PreTrainedModel) -> dict[str, Any]:
     """What saving, loading and merging take; None where there is nothing to save, load or merge."""
-    model = contestant.model
+    model = case.model
     row: dict[str, Any] = dict.fromkeys(("adapter_bytes", "load_seconds", "merge_seconds"))
-    if contestant.optimizer is None:
+    if case.optimizer is None:
         return row
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
@@ -248,17 +252,17 @@ def _files(contestant: Contestant, base: PreTrainedModel) -> dict[str, Any]:
     return row
 
 
-def _time(contestants: dict[str, Contestant], batch: dict[str, torch.Tensor], rounds: int) -> dict[str, list[float]]:
+def _time(cases: dict[str, BenchmarkCase], batch: dict[str, torch.Tensor], rounds: int) -> dict[str, list[float]]:
     """Method -> the seconds of its step in each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    order, shuffle = list(contestants), random.Random(0).shuffle
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    order, shuffle = list(cases), random.Random(0).shuffle
     with tqdm(total=rounds * len(order), desc="steps", unit="step") as bar:
         for _ in range(rounds):
             gc.collect()
             shuffle(order)
             for name in order:
                 start = time.perf_counter()
-                contestants[name].step(batch)
+                cases[name].step(batch)
                 seconds[name].append(time.perf_counter() - start)
                 bar.update()
     return seconds
@@ -268,14 +272,12 @@ def _write(directory: Path, results: dict[str, Any]) -> None:
     (directory / "bench.json").write_text(json.dumps(results, indent=2) + "\n")
     (directory / "bench.md").write_text(table(results["rows"]))
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return  # the table says it all; plots are an extra
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = results["rows"]
-    figure, panels = pyplot.subplots(ncols=2, figsize=(10, 0.3 * len(rows) + 1.5), sharey=True, layout="constrained")
+    figure = Figure(figsize=(10, 0.3 * len(rows) + 1.5), layout="constrained")
+    panels = figure.subplots(ncols=2, sharey=True)
     for axes, key, unit, label in (
         (panels[0], "step_ratio", 1, "training step, x frozen"),
         (panels[1], "saved_bytes", 2**20, "kept for the backward pass, MiB"),
@@ -286,4 +288,3 @@ def _write(directory: Path, results: dict[str, Any]) -> None:
         axes.margins(x=0.12)
     panels[0].invert_yaxis()
     figure.savefig(directory / "bench.png", dpi=150)
-    pyplot.close(figure)

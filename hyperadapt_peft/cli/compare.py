@@ -1,6 +1,7 @@
 """Compare methods on one task: each over its own learning rates, several seeds, chosen on validation, shown on test."""
 
 import copy
+import dataclasses
 import json
 import multiprocessing.connection
 import os
@@ -11,17 +12,26 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from tqdm import tqdm
 
+from hyperadapt_cli import quiet_libraries
+
 from . import recipe as recipes
-from .errors import RecipeError, nearest
+from .errors import RecipeError
 from .train import train
 
 
-KEYS = ("recipe", "seeds", "methods", "output_dir")
-METHOD_KEYS = ("tuner", "learning_rates", "model", "training")
+@dataclass(frozen=True)
+class Method:
+    """What one method has of its own: its `tuner`, its learning rates, and changes of the sections `model` and `training`."""
+
+    tuner: dict[str, Any]
+    learning_rates: Annotated[list[float], Field(min_length=1)]
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -29,25 +39,26 @@ class Comparison:
     """A checked comparison.
 
     Args:
-        recipe: the recipe that all methods share, as plain data.
+        recipe: the recipe that all methods share, as plain data; in the YAML file, it or its file's name.
         seeds: the seeds; the learning rate is chosen with the first.
-        methods: name -> its `tuner` section, its `learning_rates`, and what differs in its `model` and `training` sections.
+        methods: name -> what the method has of its own.
         output_dir: where the runs and the results go.
     """
 
-    recipe: dict[str, Any]
-    seeds: list[int]
-    methods: dict[str, dict[str, Any]]
+    recipe: dict[str, Any] | str
+    seeds: Annotated[list[int], Field(min_length=1)]
+    methods: Annotated[dict[str, Any], Field(min_length=1)]
     output_dir: Path
 
-    def cell(self, method: str, learning_rate: float, seed: int) -> tuple[Path, dict[str, Any]]:
+    def recipe_of(self, method: str, learning_rate: float, seed: int) -> tuple[Path, dict[str, Any]]:
         """The directory and the recipe of one run."""
         slug = re.sub(r"[^\w.=-]+", "-", method).strip("-")
         directory = self.output_dir / slug / f"lr{learning_rate:g}" / f"seed{seed}"
-        values = copy.deepcopy(self.recipe)
-        values["tuner"] = self.methods[method]["tuner"]
-        for section in ("model", "training"):
-            values[section] |= self.methods[method].get(section, {})
+        values: Any = copy.deepcopy(self.recipe)
+        own = self.methods[method]
+        values["tuner"] = own.tuner
+        values["model"] |= own.model
+        values["training"] |= own.training
         values["training"] |= {"learning_rate": learning_rate, "seed": seed, "output_dir": str(directory)}
         return directory, values
 
@@ -59,37 +70,30 @@ def load(path: str | Path) -> Comparison:
         RecipeError: anything in it is wrong; the message is one line that names the key.
     """
     values = recipes.read_yaml(Path(path))
-    _keys("", values, KEYS)
-    if isinstance(values["recipe"], str):
-        base = Path(path).parent / values["recipe"]
-        if not base.is_file():
-            raise RecipeError(f"recipe: no such file '{values['recipe']}'")
-        recipe = recipes.read_yaml(base)
-        recipes.refer(recipe, base.parent)
-        values["recipe"] = recipe
-    if not isinstance(values["recipe"], dict):
-        raise RecipeError(f"recipe: expected a file's name or sections, got {values['recipe']!r}")
-    recipes.check_sections({"tuner": {}} | values["recipe"])  # each method has its own tuner
-    if not isinstance(values["seeds"], list) or not all(type(seed) is int for seed in values["seeds"] or [""]):
-        raise RecipeError(f"seeds: expected a list of int, got {values['seeds']!r}")
-    if not isinstance(values["methods"], dict) or not values["methods"]:
-        raise RecipeError("methods: expected names with a tuner and learning_rates")
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: expected the keys {', '.join(Comparison.__annotations__)}")
+    recipes.check_fields("", values, Comparison)
+    recipe = values["recipe"]
+    if isinstance(recipe, str):
+        file = Path(path).parent / recipe
+        if not file.is_file():
+            raise RecipeError(f"recipe: no such file '{recipe}'")
+        recipe = recipes.read_yaml(file)
+        if not isinstance(recipe, dict):
+            raise RecipeError(f"recipe: {file} has no sections")
+        recipes.resolve_references(recipe, file.parent)
+    recipes.check_sections({"tuner": {}} | recipe)  # each method has its own tuner
+    methods = {}
     for name, method in values["methods"].items():
-        _keys(f"methods.{name}.", method, METHOD_KEYS, optional=("model", "training"))
-        if not isinstance(method["learning_rates"], list) or not method["learning_rates"]:
-            raise RecipeError(f"methods.{name}.learning_rates: expected a list of numbers")
+        if not isinstance(method, dict):
+            raise RecipeError(f"methods.{name}: expected the keys {', '.join(Method.__annotations__)}")
+        recipes.check_fields(f"methods.{name}.", method, Method)
+        methods[name] = Method(**method)
+    comparison = Comparison(recipe, values["seeds"], methods, Path(values["output_dir"]))
+    for name, method in methods.items():
+        _, values = comparison.recipe_of(name, method.learning_rates[0], comparison.seeds[0])
         try:
-            method["learning_rates"] = [float(rate) for rate in method["learning_rates"]]
-        except (TypeError, ValueError) as error:
-            raise RecipeError(f"methods.{name}.learning_rates: {error}") from error
-        for section in ("model", "training"):
-            if not isinstance(method.get(section, {}), Mapping):
-                raise RecipeError(f"methods.{name}.{section}: expected keys with values, got {method[section]!r}")
-    comparison = Comparison(values["recipe"], values["seeds"], values["methods"], Path(values["output_dir"]))
-    for name, method in comparison.methods.items():
-        _, cell = comparison.cell(name, method["learning_rates"][0], comparison.seeds[0])
-        try:
-            recipes.check(cell)
+            recipes.check(values)
         except RecipeError as error:
             raise RecipeError(f"methods.{name}: {error}") from error
     return comparison
@@ -109,17 +113,17 @@ def compare(comparison: Comparison) -> list[dict[str, Any]]:
     """
     first, *other_seeds = comparison.seeds
     for name, method in comparison.methods.items():
-        for rate in method["learning_rates"]:
+        for rate in method.learning_rates:
             for seed in comparison.seeds:
-                _check_finished(*comparison.cell(name, rate, seed))
+                _check_finished(*comparison.recipe_of(name, rate, seed))
     sweeps: dict[str, dict[float, dict[str, Any]]] = {name: {} for name in comparison.methods}
     repeats: dict[str, list[dict[str, Any]]] = {name: [] for name in comparison.methods}
-    cells = sum(len(m["learning_rates"]) + len(other_seeds) for m in comparison.methods.values())
-    with tqdm(total=cells, desc="runs", unit="run") as bar:
+    runs = sum(len(method.learning_rates) + len(other_seeds) for method in comparison.methods.values())
+    with tqdm(total=runs, desc="runs", unit="run") as bar:
 
         def run(name: str, learning_rate: float, seed: int) -> dict[str, Any]:
             bar.set_postfix_str(f"{name} lr={learning_rate:g} seed={seed}")
-            result = _run(*comparison.cell(name, learning_rate, seed))
+            result = _run(*comparison.recipe_of(name, learning_rate, seed))
             bar.update()
             return result
 
@@ -127,7 +131,7 @@ def compare(comparison: Comparison) -> list[dict[str, Any]]:
             return [_row(name, sweep, repeats[name]) for name, sweep in sweeps.items() if sweep]
 
         for name, method in comparison.methods.items():
-            for rate in method["learning_rates"]:
+            for rate in method.learning_rates:
                 sweeps[name][rate] = run(name, rate, first)
             _write(comparison, rows())
         for seed in other_seeds:  # all methods under one seed, then under the next: their times are comparable
@@ -156,20 +160,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines += ["", "| method | learning rate: validation, first seed |", "| --- | --- |"]
     for row in rows:
         sweep = sorted(row["sweep"].items(), key=lambda pair: float(pair[0]))
-        cells = ", ".join(f"{rate}: {100 * score:.1f}" for rate, score in sweep)
-        lines.append(f"| {row['method']} | {cells} |")
+        scores = [f"{rate}: {100 * score:.1f}" for rate, score in sweep]
+        lines.append(f"| {row['method']} | {', '.join(scores)} |")
     return "\n".join(lines) + "\n"
-
-
-def _keys(prefix: str, values: Any, known: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
-    if not isinstance(values, Mapping):
-        raise RecipeError(f"{prefix.rstrip('.') or 'comparison'}: expected the keys {', '.join(known)}")
-    for key in values:
-        if key not in known:
-            raise RecipeError(f"{prefix}{key}: unknown key{nearest(str(key), known)}")
-    for key in known:
-        if key not in values and key not in optional:
-            raise RecipeError(f"{prefix}{key}: missing")
 
 
 def _check_finished(directory: Path, values: dict[str, Any]) -> None:
@@ -199,7 +192,7 @@ def _run(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
     metrics = directory / "metrics.json"
     if not metrics.exists():
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
+        with ProcessPoolExecutor(1, mp_context=context, initializer=quiet_libraries) as pool:
             pool.submit(_train, values).result()
     return json.loads(metrics.read_text())
 
@@ -207,11 +200,11 @@ def _run(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
 def _train(values: dict[str, Any]) -> None:
     if (parent := multiprocessing.parent_process()) is not None:
         Thread(target=_end_with, args=[parent.sentinel], daemon=True).start()
-    train(recipes.check(values), resume=True, evaluate_once=True)
+    train(recipes.check(values), resume=True)
 
 
 def _end_with(sentinel: int) -> None:
-    """End this process with the comparison, or it would write beside the next one that runs the same cell."""
+    """End this process with the comparison, or it would write beside the next one that makes the same run."""
     multiprocessing.connection.wait([sentinel])
     os._exit(1)
 
@@ -249,13 +242,11 @@ def _write(comparison: Comparison, rows: list[dict[str, Any]]) -> None:
     missing = ", ".join(name for name in comparison.methods if name not in finished)
     (directory / "comparison.md").write_text(table(rows) + (f"\nNot finished: {missing}.\n" if missing else ""))
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return  # the table says it all; plots are an extra
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     for row in rows:
         test = [100 * score for score in row["test"]]
         mean = statistics.mean(test)
@@ -270,4 +261,3 @@ def _write(comparison: Comparison, rows: list[dict[str, Any]]) -> None:
     axes.margins(x=0.2)  # room for the names
     axes.grid(alpha=0.3)
     figure.savefig(directory / "comparison.png", dpi=150)
-    pyplot.close(figure)

@@ -3,15 +3,16 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from datasets import Dataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetsError
+from pydantic import Field
 
-from .errors import RecipeError, first_line, nearest
+from .errors import RecipeError, errors_about, suggestion
 
 
 FILE_FORMATS = ("csv", "json", "parquet")
+Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class Data:
     train_split: str = "train"
     validation_split: str | None = "validation"
     test_split: str | None = "test"
-    max_train_samples: int | None = None
-    max_validation_samples: int | None = None
-    max_test_samples: int | None = None
+    max_train_samples: Count | None = None
+    max_validation_samples: Count | None = None
+    max_test_samples: Count | None = None
     metric: str = "accuracy"
 
     column_keys: ClassVar[tuple[str, ...]] = ()  # the fields that name columns
@@ -48,15 +49,12 @@ class Data:
     def __post_init__(self) -> None:
         if self.validation_split is None and self.test_split is None:
             raise RecipeError("data.test_split: expected a split to evaluate on, here or in data.validation_split")
-        for key in ("max_train_samples", "max_validation_samples", "max_test_samples"):
-            if (limit := getattr(self, key)) is not None and limit < 1:
-                raise RecipeError(f"data.{key}: expected at least 1, got {limit}")
         if (self.name in FILE_FORMATS) != (self.data_files is not None):
             raise RecipeError(f"data.data_files: expected with name {', '.join(FILE_FORMATS)}, and only there")
         for split, file in (self.data_files or {}).items():
             if not Path(file).is_file():
                 raise RecipeError(f"data.data_files.{split}: no such file '{file}'")
-        check_source("data.name", self.name)
+        object.__setattr__(self, "name", resolve_source("data.name", self.name))
 
     @property
     def splits(self) -> dict[str, str]:
@@ -191,20 +189,17 @@ def _nested(row: dict[str, Any], column: str) -> Any:
         for name in column.split("."):
             value = value[name]
     except (KeyError, TypeError) as error:
-        raise RecipeError(f"data: no column '{column}'{nearest(column, row)}") from error
+        raise RecipeError(f"data: no column '{column}'{suggestion(column, row)}") from error
     return value
 
 
-def check_source(key: str, name: str) -> None:
-    """Raise RecipeError when `name` is a path that does not exist. Hub ids pass."""
+def resolve_source(key: str, name: str) -> str:
+    """A path with its `~` expanded, or a Hub id as it is. Raises RecipeError when `name` is a path that does not exist."""
     looks_local = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
-    if looks_local and not Path(name).expanduser().is_dir():
+    path = Path(name).expanduser()
+    if looks_local and not path.exists():
         raise RecipeError(f"{key}: no such directory '{name}'")
-
-
-def local_path(name: str) -> str:
-    """`name` with its `~` resolved. Hub ids come back as they are."""
-    return str(Path(name).expanduser()) if name.startswith("~") else name
+    return str(path) if looks_local else name
 
 
 def load_splits(data: Data) -> dict[str, Dataset]:
@@ -213,27 +208,23 @@ def load_splits(data: Data) -> dict[str, Dataset]:
     Raises:
         RecipeError: the dataset, a split or a column does not exist.
     """
-    try:
-        path = local_path(data.name)
-        if Path(path, "dataset_dict.json").is_file():
-            saved = load_from_disk(path)
+    with errors_about(f"data: cannot load '{data.name}'", data.name if data.data_files is None else None):
+        if Path(data.name, "dataset_dict.json").is_file():
+            saved = load_from_disk(data.name)
             missing = next((split for split in data.splits.values() if split not in saved), None)
             if missing:
-                raise RecipeError(f"data: {path} has no split '{missing}'{nearest(missing, saved)}")
+                raise RecipeError(f"data: {data.name} has no split '{missing}'{suggestion(missing, saved)}")
             loaded = [saved[split] for split in data.splits.values()]
         else:
             options = {"name": data.config, "revision": data.revision, "data_files": data.data_files}
-            loaded = load_dataset(path, split=list(data.splits.values()), **options)
-    except RecipeError:
-        raise
-    except (DatasetsError, OSError, ValueError) as error:
-        raise RecipeError(f"data: cannot load '{data.name}': {first_line(error)}") from error
+            loaded = load_dataset(data.name, split=list(data.splits.values()), **options)
     splits = dict(zip(data.splits, loaded, strict=True))
     for role, split in splits.items():
         for key, column in data.columns.items():
             if column not in split.column_names:
-                hint = nearest(column, split.column_names)
-                raise RecipeError(f"data.{key}: the {role} split has no column '{column}'{hint}")
+                raise RecipeError(
+                    f"data.{key}: the {role} split has no column '{column}'{suggestion(column, split.column_names)}"
+                )
         limit = getattr(data, f"max_{role}_samples")
         if limit is not None and limit < len(split):
             splits[role] = split.shuffle(seed=0).select(range(limit))

@@ -1,15 +1,16 @@
 """The one exception a user's mistake ends in, and how it names what was meant."""
 
 import difflib
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be run; its message is one line that starts with the key."""
 
 
-def nearest(word: str, options: Iterable[str]) -> str:
+def suggestion(word: str, options: Iterable[str]) -> str:
     """The hint that ends a message: the option most like `word`, or nothing when there are no options."""
     names = {name.lower(): name for name in options}
     matches = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0)
@@ -21,11 +22,18 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def attempt(key: str, load: Callable[[], Any]) -> Any:
-    """What `load` returns; what a library says when it cannot becomes a RecipeError about `key`."""
+@contextmanager
+def errors_about(key: str, source: str | None = None) -> Iterator[None]:
+    """What a library raises inside this context becomes a RecipeError about `key`.
+
+    Args:
+        key: what the message starts with.
+        source: the Hub id or the local path that is being loaded, if any.
+    """
     try:
-        return load()
+        yield
     except RecipeError:
         raise
-    except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(f"{key}: {first_line(error)}") from error
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        hint = "" if source is None or Path(source).exists() else "; a local directory works too"
+        raise RecipeError(f"{key}: {first_line(error).rstrip('.')}{hint}") from error

@@ -1,24 +1,16 @@
 """A model of any size from its config alone, and a batch for it."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
 
-from .data import check_source, local_path
-from .errors import RecipeError, attempt, nearest
-from .tasks import TASKS, Task
+from .data import resolve_source
+from .errors import RecipeError, errors_about
+from .tasks import Task
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def find_task(name: str) -> Task:
-    """The task of that name. Raises RecipeError."""
-    if name not in TASKS:
-        raise RecipeError(f"task: expected one of {', '.join(TASKS)}, got {name!r}{nearest(name, TASKS)}")
-    return TASKS[name]
 
 
 def load_config(name: str) -> PretrainedConfig:
@@ -34,14 +26,15 @@ def load_config(name: str) -> PretrainedConfig:
         return LlamaConfig(
             hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=12, vocab_size=2048
         )
-    if not Path(name).expanduser().is_file():
-        check_source("model", name)
-    return attempt("model", lambda: AutoConfig.from_pretrained(local_path(name)))
+    source = resolve_source("model", name)
+    with errors_about("model", source):
+        return AutoConfig.from_pretrained(source)
 
 
 def build(config: PretrainedConfig, task: Task, dtype: str) -> PreTrainedModel:
     """The task's model with random weights, in training mode. Raises RecipeError if the task has none of this type."""
-    model = attempt("model", lambda: task.auto_model.from_config(config, dtype=DTYPES[dtype]))
+    with errors_about("model"):
+        model = task.auto_model.from_config(config, dtype=DTYPES[dtype])
     model.name_or_path = ""  # with a name, PEFT would ask the Hub about it
     return model.train()
 

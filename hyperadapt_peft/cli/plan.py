@@ -9,10 +9,11 @@ from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .errors import RecipeError, attempt, first_line
+from .errors import RecipeError, errors_about, first_line
 from .memory import SavedTensors, safetensors_bytes, stored_bytes
-from .models import build, find_task, load_config, make_batch
+from .models import build, load_config, make_batch
 from .recipe import read_tuner
+from .tasks import find_task
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,10 @@ def plan(
 
 
 def _adapted(base: PreTrainedModel, config: PeftConfig | None) -> Any:
-    return attempt("tuner", lambda: get_peft_model(base, config)).train() if config else base.requires_grad_(True)
+    if config is None:
+        return base.requires_grad_(True)
+    with errors_about("tuner"):
+        return get_peft_model(base, config).train()
 
 
 def _activation_bytes(model: Any, base: PreTrainedModel, batch_size: int, sequence_length: int) -> int:

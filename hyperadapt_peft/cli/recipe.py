@@ -2,21 +2,24 @@
 
 import copy
 import dataclasses
-import types
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_type_hints
 
 import yaml
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from transformers import TrainingArguments
+from typing_extensions import NotRequired, TypedDict  # pydantic takes typing's from Python 3.12 on
 
-from .data import Data, check_source
-from .errors import RecipeError, first_line, nearest
-from .tasks import TASKS, Task
+from .data import Data, resolve_source
+from .errors import RecipeError, errors_about, suggestion
+from .tasks import Task, find_task
 
 
 SECTIONS = ("task", "model", "data", "tuner", "training")
@@ -40,7 +43,7 @@ class Model:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_source("model.name", self.name)
+        object.__setattr__(self, "name", resolve_source("model.name", self.name))
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected the sections {', '.join(SECTIONS)}")
     directory = Path(path).parent
-    refer(values, directory)
+    resolve_references(values, directory)
     for override in overrides:
         _override(values, override)
-        refer(values, directory)
+        resolve_references(values, directory)
     return check(values)
 
 
-def refer(values: dict[str, Any], directory: Path) -> None:
+def resolve_references(values: dict[str, Any], directory: Path) -> None:
     """Replace each section that names a part of another file, `data: data/glue.yaml#rte`, by that part, in place.
 
     Raises:
@@ -87,7 +90,7 @@ def refer(values: dict[str, Any], directory: Path) -> None:
             name, _, key = reference.rpartition("#")
             parts = read_yaml(directory / name)
             if not isinstance(parts, dict) or key not in parts:
-                raise RecipeError(f"{section}: {name} has no part '{key}'{nearest(key, parts or ())}")
+                raise RecipeError(f"{section}: {name} has no part '{key}'{suggestion(key, parts or ())}")
             values[section] = parts[key]
 
 
@@ -95,7 +98,7 @@ def check_sections(values: Mapping[str, Any]) -> None:
     """Whether these are a recipe's sections, whatever their content. Raises RecipeError."""
     for section in values:
         if section not in SECTIONS:
-            raise RecipeError(f"{section}: unknown section{nearest(str(section), SECTIONS)}")
+            raise RecipeError(f"{section}: unknown section{suggestion(str(section), SECTIONS)}")
     for section in SECTIONS:
         if section not in values:
             raise RecipeError(f"{section}: missing section")
@@ -106,36 +109,32 @@ def check_sections(values: Mapping[str, Any]) -> None:
 def check(values: Mapping[str, Any]) -> Recipe:
     """The recipe that `values` (section -> its content) describe. Raises RecipeError."""
     check_sections(values)
-    name = str(values["task"])
-    if name not in TASKS:
-        raise RecipeError(f"task: expected one of {', '.join(TASKS)}, got {name!r}{nearest(name, TASKS)}")
-    task = TASKS[name]
-    peft_type, config_class, tuner = _tuner(dict(values["tuner"]), task)
-    resolved: dict[str, Any] = {
-        "task": name,
-        "model": _fields("model", values["model"], Model),
-        "data": _fields("data", values["data"], task.data),
-        "tuner": {"peft_type": peft_type, **tuner},
-        "training": _fields("training", values["training"], TrainingArguments),
-    }
+    task = find_task(str(values["task"]))
+    peft_type, peft_config, fields = _tuner(values["tuner"], task)
+    check_fields("model.", values["model"], Model)
+    check_fields("data.", values["data"], task.data)
+    check_fields("training.", values["training"], TrainingArguments)
+    if not values["training"].get("output_dir"):
+        raise RecipeError("training.output_dir: missing")
+    tuner = {"peft_type": peft_type, **fields}
+    with errors_about("training"):
+        arguments = TrainingArguments(**copy.deepcopy(values["training"]))
     recipe = Recipe(
         task=task,
-        model=_build("model", Model, resolved["model"]),
-        data=_build("data", task.data, resolved["data"]),
+        model=Model(**values["model"]),
+        data=task.data(**values["data"]),
         peft_type=peft_type,
-        peft_config=_build("tuner", config_class, tuner) if config_class else None,
-        arguments=_build("training", TrainingArguments, resolved["training"]),
-        resolved=resolved,
+        peft_config=peft_config,
+        arguments=arguments,
+        resolved={section: tuner if section == "tuner" else copy.deepcopy(values[section]) for section in SECTIONS},
     )
-    if not resolved["training"].get("output_dir"):
-        raise RecipeError("training.output_dir: missing, expected str")
     for key in ("bf16_full_eval", "fp16_full_eval", "prediction_loss_only"):
-        if getattr(recipe.arguments, key):  # the Trainer would round the weights being trained; or give no accuracy
+        if getattr(arguments, key):  # the Trainer would round the weights being trained; or give no accuracy
             raise RecipeError(f"training.{key}: not supported")
-    checkpoint = recipe.arguments.resume_from_checkpoint
+    checkpoint = arguments.resume_from_checkpoint
     if checkpoint is not None and not Path(checkpoint).is_dir():
         raise RecipeError(f"training.resume_from_checkpoint: no such directory '{checkpoint}'")
-    if recipe.arguments.eval_strategy != "no" and recipe.data.validation_split is None:
+    if arguments.eval_strategy != "no" and recipe.data.validation_split is None:
         raise RecipeError("data.validation_split: expected a split, for training.eval_strategy is not 'no'")
     return recipe
 
@@ -146,24 +145,94 @@ def read_tuner(values: Mapping[str, Any] | str, task: Task) -> tuple[str, PeftCo
     Raises:
         RecipeError: anything in it is wrong; the message is one line that names the key.
     """
-    try:
-        section = yaml.safe_load(values) if isinstance(values, str) else values
-    except yaml.YAMLError as error:
-        raise RecipeError(f"tuner: not YAML: {' '.join(str(error).split())}") from error
+    section = _parse(values, "tuner") if isinstance(values, str) else values
     if not isinstance(section, Mapping):
         raise RecipeError(f"tuner: expected keys with values, got {section!r}")
-    peft_type, config_class, tuner = _tuner(dict(section), task)
-    return peft_type, _build("tuner", config_class, tuner) if config_class else None
+    return _tuner(section, task)[:2]
+
+
+def check_fields(prefix: str, values: Mapping[str, Any], cls: type[Any]) -> None:
+    """Check `values` against the fields of the dataclass `cls`: the keys that must and can be there, and their types.
+
+    Args:
+        prefix: what the keys are called by in a message, `training.` or nothing.
+        values: plain data, as YAML gives it.
+        cls: the dataclass, whose own checks come when it is made.
+
+    Raises:
+        RecipeError: a key is unknown, missing or of another type; the message is one line that names it.
+    """
+    hints = get_type_hints(cls, include_extras=True)
+    fields = {}
+    for field in dataclasses.fields(cls):
+        if field.init:
+            required = field.default is field.default_factory is dataclasses.MISSING
+            hint = _without_free_text(hints[field.name])
+            fields[field.name] = hint if required else NotRequired[hint]
+    config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+    schema = with_config(config)(TypedDict("schema", fields))  # type: ignore[misc, operator]
+    try:
+        TypeAdapter(schema).validate_json(json.dumps(values))
+    except ValidationError as error:
+        _raise_first(prefix, values, error, fields)
+
+
+def _raise_first(prefix: str, values: Mapping[str, Any], error: ValidationError, fields: Mapping[str, Any]) -> None:
+    """Raise RecipeError for the first key that pydantic refuses, unless PEFT takes its value all the same."""
+    errors: dict[str, list[Any]] = {}
+    for entry in error.errors(include_url=False):
+        errors.setdefault(str(entry["loc"][0]), []).append(entry)
+    for key, entries in errors.items():
+        if entries[0]["type"] == "extra_forbidden":
+            raise RecipeError(f"{prefix}{key}: unknown key{suggestion(key, fields)}")
+        if entries[0]["type"] == "missing":
+            raise RecipeError(f"{prefix}{key}: missing")
+        choices = re.findall("'(.*?)'", " ".join(entry.get("ctx", {}).get("expected", "") for entry in entries))
+        openings = tuple(choice.partition("[")[0] for choice in choices if "[" in choice)
+        value = values[key]
+        if isinstance(value, str) and openings and value.startswith(openings):
+            continue  # PEFT writes such a choice as `pissa_niter_[number of iters]`
+        expected = " or ".join(dict.fromkeys(entry["msg"].replace("Input should be", "expected") for entry in entries))
+        hint = suggestion(value, choices) if isinstance(value, str) else ""
+        raise RecipeError(f"{prefix}{key}: {expected.replace(' or expected', ' or')}, got {value!r}{hint}")
+
+
+def _without_free_text(hint: Any) -> Any:
+    """`SomeEnum | str`, which transformers writes for one of the enum's values, without the `str`."""
+    members = get_args(hint)
+    enum = any(isinstance(member, type) and issubclass(member, Enum) for member in members)
+    return Union[tuple(member for member in members if member is not str)] if enum else hint
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as of version 1.2 in what recipes need: `no` and dates are text, and 1e-3 is a number."""
+
+    yaml_implicit_resolvers: ClassVar = {  # type: ignore[misc]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("bool", "timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?i:true|false)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def read_yaml(path: Path) -> Any:
     """What a YAML file holds. Raises RecipeError if it cannot be read or is not YAML."""
     try:
-        return yaml.safe_load(path.read_text())
+        return _parse(path.read_text(), str(path))
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from error
+
+
+def _parse(text: str, key: str) -> Any:
+    """What YAML says. Raises RecipeError about `key`."""
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"{key}: not YAML: {' '.join(str(error).split())}") from error
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -176,127 +245,26 @@ def _override(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise RecipeError(f"{override}: '{section}' has no keys")
-    try:
-        values[key] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{override}: the value is not YAML") from error
+    values[key] = _parse(text, path)
 
 
-def _tuner(values: dict[str, Any], task: Task) -> tuple[str, type[PeftConfig] | None, dict[str, Any]]:
-    """The tuner's type, its config class and its checked fields, completed with what the task implies."""
+def _tuner(values: Mapping[str, Any], task: Task) -> tuple[str, PeftConfig | None, dict[str, Any]]:
+    """The tuner's type, its config, and its fields, completed with what the task implies."""
+    fields = copy.deepcopy(dict(values))
     known = [*(str(kind.value) for kind in PEFT_TYPE_TO_CONFIG_MAPPING), *WITHOUT_ADAPTER]
-    if "peft_type" not in values:
+    if "peft_type" not in fields:
         raise RecipeError("tuner.peft_type: missing, expected a PEFT method such as HYPERADAPT")
-    peft_type = str(values.pop("peft_type"))
+    peft_type = str(fields.pop("peft_type"))
     if peft_type not in known:
-        raise RecipeError(f"tuner.peft_type: unknown type {peft_type!r}{nearest(peft_type, known)}")
+        raise RecipeError(f"tuner.peft_type: unknown type {peft_type!r}{suggestion(peft_type, known)}")
     if peft_type in WITHOUT_ADAPTER:
-        if values:
-            raise RecipeError(f"tuner.{next(iter(values))}: unknown key; {peft_type} takes none")
-        if peft_type == "NONE" and task.task_type == "CAUSAL_LM":
+        if fields:
+            raise RecipeError(f"tuner.{next(iter(fields))}: unknown key; {peft_type} takes none")
+        if peft_type == "NONE" and not task.has_head:
             raise RecipeError("tuner.peft_type: NONE trains the classification head only, and this task has none")
         return peft_type, None, {}
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)]
-    fields = _fields("tuner", values, config_class)
+    check_fields("tuner.", fields, config_class)
     fields.setdefault("task_type", task.task_type)
-    return peft_type, config_class, fields
-
-
-def _build(section: str, cls: type[Any], values: dict[str, Any]) -> Any:
-    """An instance of `cls`; what its own checks refuse becomes a RecipeError."""
-    try:
-        return cls(**copy.deepcopy(values))  # PEFT extends lists it was given
-    except RecipeError:
-        raise
-    except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"{section}: {first_line(error)}") from error
-
-
-def _fields(section: str, values: Mapping[str, Any], cls: type[Any]) -> dict[str, Any]:
-    """`values` checked against the fields of the dataclass `cls`, as plain data of the right types."""
-    hints = get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    checked = {}
-    for key, value in values.items():
-        if key not in fields:
-            raise RecipeError(f"{section}.{key}: unknown key{nearest(str(key), fields)}")
-        try:
-            checked[key] = _convert(value, hints[key])
-        except _Mismatch as mismatch:
-            raise RecipeError(f"{section}.{key}: expected {mismatch}, got {value!r}{mismatch.hint}") from mismatch
-    for name, field in fields.items():
-        if field.default is field.default_factory is dataclasses.MISSING and name not in checked:
-            raise RecipeError(f"{section}.{name}: missing, expected {_describe(hints[name])}")
-    return checked
-
-
-class _Mismatch(Exception):
-    """A value is not of the type expected; the message is the expectation, `hint` the nearest valid choice."""
-
-    def __init__(self, expected: str, hint: str = "") -> None:
-        super().__init__(expected)
-        self.hint = hint
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    """`value`, as YAML gives it, as the type `hint`: 1 and "1e-3" are floats, `no` is a choice of an enum.
-
-    Raises:
-        _Mismatch: it is nothing of the kind.
-    """
-    origin, args = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        enums = [arg for arg in args if _is_enum(arg)]
-        mismatch = _Mismatch(_describe(hint))
-        for arg in args:
-            if enums and arg is str:  # `SomeEnum | str` means one of the enum's values
-                continue
-            try:
-                return _convert(value, arg)
-            except _Mismatch as error:
-                mismatch.hint = mismatch.hint or error.hint
-        raise mismatch
-    if origin is Literal:
-        return _choice(value, args)
-    if _is_enum(hint):
-        return _choice("no" if value is False else value, [member.value for member in hint])
-    if origin in (list, tuple, set):
-        if not isinstance(value, list):
-            raise _Mismatch(_describe(hint))
-        return [_convert(item, args[0]) for item in value]
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise _Mismatch(_describe(hint))
-        return {_convert(key, args[0]): _convert(item, args[1]) for key, item in value.items()}
-    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            raise _Mismatch("float") from None
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise _Mismatch(_describe(hint))
-    return value
-
-
-def _choice(value: Any, choices: Sequence[Any]) -> Any:
-    """`value` when it is one of `choices`; PEFT writes an open one as `pissa_niter_[number of iters]`."""
-    open_choices = tuple(str(choice).partition("[")[0] for choice in choices if "[" in str(choice))
-    if value in choices or (open_choices and str(value).startswith(open_choices)):
-        return value
-    hint = nearest(value, map(str, choices)) if isinstance(value, str) else ""
-    raise _Mismatch(f"one of {', '.join(map(str, choices))}", hint)
-
-
-def _is_enum(hint: Any) -> bool:
-    return isinstance(hint, type) and issubclass(hint, Enum)
-
-
-def _describe(hint: Any) -> str:
-    """A type as one would write it in an annotation."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return " | ".join(dict.fromkeys(_describe(arg) for arg in get_args(hint)))
-    if hint is type(None):
-        return "null"
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
+    with errors_about("tuner"):
+        return peft_type, config_class(**copy.deepcopy(fields)), fields  # PEFT extends lists it was given

@@ -34,11 +34,16 @@ def classification(classes: int) -> Metrics:
     """Accuracy, F1 (of the second class of two, else the mean over classes) and Matthews' correlation."""
     f1 = partial(f1_score, average="binary" if classes == 2 else "macro", zero_division=0)
     functions = {"accuracy": accuracy_score, "f1": f1, "matthews_correlation": matthews_corrcoef}
-    return {name: partial(_of_labels, function) for name, function in functions.items()}
+    return {name: partial(_of_labels, function) for name, function in functions.items()} | {"majority": _majority}
 
 
 def _of_labels(function: Callable[[Any, Any], float], prediction: EvalPrediction) -> float:
     return float(function(prediction.label_ids, prediction.predictions))
+
+
+def _majority(prediction: EvalPrediction) -> float:
+    """The accuracy of the most frequent label."""
+    return float(np.bincount(np.asarray(prediction.label_ids)).max() / len(prediction.label_ids))
 
 
 def _correlation(function: Callable[[Any, Any], Any], prediction: EvalPrediction) -> float:

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from .data import Data, ImageClassificationData, PromptData, TextClassificationData
-from .errors import RecipeError
+from .errors import RecipeError, suggestion
 from .scoring import (
     IGNORED,
     REGRESSION,
@@ -34,7 +34,7 @@ from .scoring import (
 
 
 @dataclass
-class Prepared:
+class EncodedData:
     """A task's data, ready for the Trainer, with what its model must be told and how it is scored."""
 
     splits: Mapping[str, Any]
@@ -64,13 +64,20 @@ class Task:
 
     data: type[Data]
     auto_model: Any
-    prepare: Callable[[Any, dict[str, Dataset], str, str | None], Prepared]
+    encode: Callable[[Any, dict[str, Dataset], str, str | None], EncodedData]
     task_type: str | None  # of PEFT
 
     @property
     def has_head(self) -> bool:
         """Whether its models have a classification head."""
         return self.task_type != "CAUSAL_LM"
+
+
+def find_task(name: str) -> Task:
+    """The task of that name. Raises RecipeError."""
+    if name not in TASKS:
+        raise RecipeError(f"task: expected one of {', '.join(TASKS)}, got {name!r}{suggestion(name, TASKS)}")
+    return TASKS[name]
 
 
 def load_tokenizer(model: str, revision: str | None) -> Any:
@@ -103,7 +110,7 @@ def label_ids(values: list[Any], names: list[str], feature: Any) -> list[int]:
 
 def sequence_classification(
     data: TextClassificationData, splits: dict[str, Dataset], model: str, revision: str | None
-) -> Prepared:
+) -> EncodedData:
     """Tokenized texts or pairs, padded per batch."""
     tokenizer = load_tokenizer(model, revision)
     regression = data.metric in REGRESSION
@@ -118,10 +125,10 @@ def sequence_classification(
 
     encoded = {role: rows.map(encode, batched=True, remove_columns=rows.column_names) for role, rows in splits.items()}
     metrics = REGRESSION if regression else classification(len(names))
-    return Prepared(encoded, DataCollatorWithPadding(tokenizer), tokenizer, metrics, names)
+    return EncodedData(encoded, DataCollatorWithPadding(tokenizer), tokenizer, metrics, names)
 
 
-def causal_lm(data: PromptData, splits: dict[str, Dataset], model: str, revision: str | None) -> Prepared:
+def causal_lm(data: PromptData, splits: dict[str, Dataset], model: str, revision: str | None) -> EncodedData:
     """Prompt, completion and end of text in one sequence; the loss sees the completion and the end only."""
     tokenizer = load_tokenizer(model, revision)
     pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
@@ -161,16 +168,16 @@ def causal_lm(data: PromptData, splits: dict[str, Dataset], model: str, revision
         options = {"with_others": choosing and role != "train"}
         encoded[role] = rows.map(encode, fn_kwargs=options, remove_columns=rows.column_names)
     if choosing:
-        return Prepared(encoded, collate, tokenizer, {data.metric: mean}, keep_columns=True, trainer=ChoiceTrainer)
+        return EncodedData(encoded, collate, tokenizer, {data.metric: mean}, keep_columns=True, trainer=ChoiceTrainer)
     if data.metric == "exact_match":
         trainer = partial(GenerationTrainer, max_new_tokens=data.max_new_tokens, answer=data.answer)
-        return Prepared(encoded, collate, tokenizer, {data.metric: mean}, trainer=trainer)
-    return Prepared(encoded, collate, tokenizer, {data.metric: token_accuracy})
+        return EncodedData(encoded, collate, tokenizer, {data.metric: mean}, trainer=trainer)
+    return EncodedData(encoded, collate, tokenizer, {data.metric: token_accuracy})
 
 
 def image_classification(
     data: ImageClassificationData, splits: dict[str, Dataset], model: str, revision: str | None
-) -> Prepared:
+) -> EncodedData:
     """Images as they are on disk; the collator decodes and resizes them batch by batch."""
     processor = AutoImageProcessor.from_pretrained(model, revision=revision)
     names = label_names(splits, data.label_column)
@@ -183,7 +190,7 @@ def image_classification(
         return {**processor(images=images, return_tensors="pt", **size), "labels": torch.tensor(labels)}
 
     decoded = {role: rows.cast_column(data.image_column, Image()) for role, rows in splits.items()}
-    return Prepared(decoded, collate, processor, classification(len(names)), names, keep_columns=True)
+    return EncodedData(decoded, collate, processor, classification(len(names)), names, keep_columns=True)
 
 
 TASKS = {

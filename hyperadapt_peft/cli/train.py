@@ -1,6 +1,8 @@
-"""Run a recipe: transformers' Trainer trains, the adapter is saved, reloaded from disk and evaluated again."""
+"""Run a recipe: transformers' Trainer trains, and the adapter is saved and evaluated."""
 
+import errno
 import gc
+import itertools
 import json
 import os
 import platform
@@ -8,7 +10,8 @@ import shutil
 import sys
 import tempfile
 import time
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,91 +23,101 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, EvalPrediction, PretrainedConfig, PreTrainedModel, Trainer, set_seed
 
-from .data import load_splits, local_path
-from .errors import RecipeError, attempt, first_line, nearest
+from .data import load_splits
+from .errors import RecipeError, errors_about, first_line, suggestion
 from .recipe import Recipe
-from .tasks import Prepared
+from .tasks import EncodedData
 
 
 HEADS = ("classifier", "score")  # what PEFT too takes for a classification head
+EVALUATIONS = {"before": "before training", "after": "after training", "reloaded": "reloaded from disk"}
 
 
-def train(
-    recipe: Recipe, resume: bool = False, overwrite: bool = False, evaluate_once: bool = False
-) -> dict[str, Any]:
-    """Train, save, reload, and write `metrics.json` into the output directory; returns what it holds.
+def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, verify: bool = False) -> dict[str, Any]:
+    """Train, save and evaluate, and write `metrics.json` into the output directory; returns what it holds.
 
     Args:
         recipe: what to run.
         resume: go on from the last checkpoint in the output directory, or start when there is none.
         overwrite: remove the earlier run in the output directory first.
-        evaluate_once: evaluate after training only, not before it and not what is reloaded.
+        verify: evaluate before training too, and once more what is reloaded from disk.
 
     Raises:
         RecipeError: model or data cannot be loaded as the recipe says, or the output directory holds a run already.
-        RuntimeError: the adapter reloaded from disk does not give the metrics it had when it was saved.
+        RuntimeError: with `verify`, the adapter reloaded from disk does not give the metrics it had when it was saved.
     """
     started = time.monotonic()
     output = Path(str(recipe.arguments.output_dir))
-    earlier = [*output.glob("checkpoint-*"), *output.glob("adapter"), *output.glob("metrics.json")]
+    earlier = [path for kind in ("checkpoint-*", "adapter", "metrics.json") for path in output.glob(kind)]
     checkpoint = recipe.arguments.resume_from_checkpoint or (_last_checkpoint(output) if resume else None)
     if earlier and not (resume or overwrite or checkpoint):
         raise RecipeError(f"training.output_dir: {output} holds an earlier run; pass --resume or --overwrite")
     with recipe.arguments.main_process_first():  # which downloads and encodes; the others read its caches
-        source = local_path(recipe.model.name)
         if changes := recipe.model.config:  # checked before the data, which may take long
-            load = partial(AutoConfig.from_pretrained, source, revision=recipe.model.revision)
-            _change(attempt("model.name", load), changes)
-        prepared = _prepare(recipe, source)
+            with errors_about("model.name", recipe.model.name):
+                config = AutoConfig.from_pretrained(recipe.model.name, revision=recipe.model.revision)
+            _change(config, changes)
+        data = _encode(recipe)
 
     def base_model(seed: int) -> PreTrainedModel:
         set_seed(seed)  # of a new head
         options = {"revision": recipe.model.revision, "dtype": recipe.model.dtype}
-        options |= recipe.model.config | prepared.model_options
-        model = attempt("model.name", lambda: recipe.task.auto_model.from_pretrained(source, **options))
-        pad = getattr(prepared.processor, "pad_token_id", None)
+        options |= recipe.model.config | data.model_options
+        with errors_about("model.name", recipe.model.name):
+            model = recipe.task.auto_model.from_pretrained(recipe.model.name, **options)
+        pad = getattr(data.processor, "pad_token_id", None)
         if pad is not None:
             model.config.pad_token_id = pad
         return model
 
-    model = _adapted(recipe, base_model(recipe.arguments.seed), bool(prepared.labels))
-    trainer = _trainer(recipe, model, prepared)
+    model = _adapted(recipe, base_model(recipe.arguments.seed), bool(data.labels))
+    trainer = _trainer(recipe, model, data)
+    _check_sharding(trainer, verify)
     if overwrite and recipe.arguments.should_save:
-        for path in earlier:
+        for path in [*earlier, *output.glob(".saving-*")]:  # the latter by runs that were killed
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     adapter = output / "adapter"
-    results = _fit(trainer, model, prepared, adapter, checkpoint, evaluate_once)
+    results: dict[str, Any] = {"before": _evaluate(trainer, data)} if verify else {}
+    results["parameters"] = _parameters(model, _head(model, bool(data.labels)))
+    if verify and trainer.args.world_size > 1:
+        # accelerate would take the model for one that is wrapped already, and every process would train on its own
+        model._is_accelerate_data = False  # type: ignore[assignment]
+    done = trainer.train(resume_from_checkpoint=checkpoint)
+    results["after"] = _evaluate(trainer, data)
+    _save(trainer, adapter)
+    trainer.accelerator.wait_for_everyone()
+    results["adapter_bytes"] = sum(file.stat().st_size for file in adapter.glob("*.safetensors"))
+    results["steps"] = done.global_step
     del trainer, model
-    gc.collect()  # the Trainer's cycles hold the trained model
-    if not evaluate_once:
+    if verify:
+        gc.collect()  # the Trainer's cycles hold the trained model
         if recipe.peft_config is not None:
             # another random head than the run began with: the one it trained must come from the disk
             reloaded = PeftModel.from_pretrained(base_model(recipe.arguments.seed + 1), adapter)
         else:
             reloaded = recipe.task.auto_model.from_pretrained(adapter, dtype=recipe.model.dtype)
-        results["reloaded"] = _evaluate(_trainer(recipe, reloaded, prepared), prepared)
-    results["seconds"]["total"] = time.monotonic() - started
+        results["reloaded"] = _evaluate(_trainer(recipe, reloaded, data), data)
     results |= {
         "metric": recipe.data.metric,
-        "labels": prepared.labels,
+        "labels": data.labels,
+        "seconds": {"train": done.metrics["train_runtime"], "total": time.monotonic() - started},
         "peak_rss_bytes": _peak_rss(),
         "recipe": recipe.resolved,
+        "versions": {"python": platform.python_version()},
     }
-    results["versions"] = {"python": platform.python_version()}
     for package in ("hyperadapt_peft", "peft", "transformers", "accelerate", "datasets", "torch"):
         results["versions"][package] = version(package)
     if recipe.arguments.should_save:
         _write(output / "metrics.json", json.dumps(results, indent=2) + "\n")
-    if not evaluate_once and not _same(results["after"], results["reloaded"]):
+    if verify and not _same(results["after"], results["reloaded"]):
         raise RuntimeError(f"{adapter} does not evaluate as it did when it was saved; see metrics.json beside it")
     return results
 
 
 def evaluate(recipe: Recipe, model: PreTrainedModel | PeftModel) -> dict[str, dict[str, float]]:
     """Split -> loss and metrics of a model on the recipe's data, which is encoded for the recipe's model."""
-    source = local_path(recipe.model.name)
-    prepared = _prepare(recipe, source)
-    return _evaluate(_trainer(recipe, model, prepared), prepared)
+    data = _encode(recipe)
+    return _evaluate(_trainer(recipe, model, data), data)
 
 
 def dry_run(recipe: Recipe) -> str:
@@ -112,7 +125,7 @@ def dry_run(recipe: Recipe) -> str:
     text = yaml.safe_dump(recipe.resolved, sort_keys=False)
     name, revision = recipe.model.name, recipe.model.revision
     try:
-        config = AutoConfig.from_pretrained(local_path(name), revision=revision, local_files_only=True)
+        config = AutoConfig.from_pretrained(name, revision=revision, local_files_only=True)
     except (OSError, ValueError):
         return text + f"# parameters not counted: {name} is not on this machine\n"
     _change(config, recipe.model.config)
@@ -130,13 +143,15 @@ def summary(results: dict[str, Any]) -> str:
     parameters, seconds = results["parameters"], results["seconds"]
     split = "test" if "test" in results["after"] else "validation"
     metric = results["metric"]
-    rows = [
-        (f"{split} {metric.replace('_', ' ')} {label}", f"{results[when][split][metric]:.2%}")
-        for when, label in (("before", "before"), ("after", "after"), ("reloaded", "reloaded from disk"))
-    ]
+    name = f"{split} {metric.replace('_', ' ')}"
+    scores = {label: results[when][split] for when, label in EVALUATIONS.items() if when in results}
+    rows = [(f"{name} {label}", f"{score[metric]:.2%}") for label, score in scores.items()]
+    if metric == "accuracy":
+        rows.insert(0, (f"{name} of the most frequent label", f"{results['after'][split]['majority']:.2%}"))
     outside = f"{parameters['trainable_outside_head']:,} outside the head"
     rows.append(("trainable parameters", f"{parameters['trainable']:,} ({outside}) of {parameters['total']:,}"))
-    rows.append(("adapter weights on disk", f"{results['adapter_bytes']:,} bytes"))
+    output = results["recipe"]["training"]["output_dir"]
+    rows.append(("adapter weights on disk", f"{results['adapter_bytes']:,} bytes in {Path(output, 'adapter')}"))
     rows.append(("seconds", f"{seconds['train']:.0f} training, {seconds['total']:.0f} in all"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -147,26 +162,25 @@ def _change(config: PretrainedConfig, changes: dict[str, Any]) -> None:
     known = config.to_dict()
     for key, value in changes.items():
         if key not in known:
-            raise RecipeError(f"model.config.{key}: unknown key{nearest(key, known)}")
+            raise RecipeError(f"model.config.{key}: unknown key{suggestion(key, known)}")
         try:
             setattr(config, key, value)
         except StrictDataclassError as error:
             raise RecipeError(f"model.config.{key}: {first_line(error.__cause__ or error)}") from error
 
 
-def _prepare(recipe: Recipe, source: str) -> Prepared:
+def _encode(recipe: Recipe) -> EncodedData:
     """The data of the recipe, encoded for its model; the Trainer's arguments are told what that needs."""
     splits = load_splits(recipe.data)
-    prepared = attempt("model.name", lambda: recipe.task.prepare(recipe.data, splits, source, recipe.model.revision))
-    if prepared.keep_columns:
+    with errors_about("model.name", recipe.model.name):
+        data = recipe.task.encode(recipe.data, splits, recipe.model.name, recipe.model.revision)
+    if data.keep_columns:
         recipe.arguments.remove_unused_columns = False
-    if (
-        prepared.labels
-    ):  # this loss is a mean over samples, which the Trainer would multiply by the number of processes
+    if data.labels:  # this loss is a mean over samples, which the Trainer would multiply by the number of processes
         recipe.arguments.average_tokens_across_devices = False
     if recipe.arguments.label_names is None:
         recipe.arguments.label_names = ["labels"]  # the Trainer cannot see it through every PEFT model
-    return prepared
+    return data
 
 
 def _adapted(recipe: Recipe, model: PreTrainedModel, has_head: bool) -> PreTrainedModel | PeftModel:
@@ -179,7 +193,8 @@ def _adapted(recipe: Recipe, model: PreTrainedModel, has_head: bool) -> PreTrain
         return model
     if head and config.task_type is None and getattr(config, "modules_to_save", ()) is None:
         config.modules_to_save = head  # type: ignore[attr-defined]  # with a task type PEFT does so itself
-    adapted = attempt("tuner", lambda: get_peft_model(model, config))
+    with errors_about("tuner"):
+        adapted = get_peft_model(model, config)
     if head and not any(_is_in(head, name) and ".modules_to_save." in name for name, _ in adapted.named_parameters()):
         raise RecipeError(f"tuner.modules_to_save: expected the classification head, {' and '.join(head)}")
     return adapted
@@ -198,80 +213,86 @@ def _is_in(head: list[str], parameter: str) -> bool:
     return not set(head).isdisjoint(parameter.split("."))
 
 
-def _trainer(recipe: Recipe, model: PreTrainedModel | PeftModel, prepared: Prepared) -> Trainer:
-    def metrics(prediction: EvalPrediction) -> dict[str, float]:
-        return {name: metric(prediction) for name, metric in prepared.metrics.items()}
-
-    create = partial(
-        prepared.trainer,
-        model=model,
-        args=recipe.arguments,
-        train_dataset=prepared.splits["train"],
-        eval_dataset=prepared.splits.get("validation"),
-        data_collator=prepared.collator,
-        processing_class=prepared.processor,
-        compute_metrics=metrics,
-    )
-    trainer = attempt("training", create)
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise RecipeError("training: FSDP and DeepSpeed evaluate only what they train, so use this command with DDP")
-    return trainer
-
-
-def _fit(
-    trainer: Trainer,
-    model: PreTrainedModel | PeftModel,
-    prepared: Prepared,
-    adapter: Path,
-    checkpoint: str | None,
-    evaluate_once: bool,
-) -> dict[str, Any]:
-    """Evaluate, train, evaluate, save to `adapter`; the part of the results known by then."""
-    before = {} if evaluate_once else {"before": _evaluate(trainer, prepared)}
-    if trainer.args.world_size > 1:
-        # accelerate would take the model for one that is wrapped already, and every process would train on its own
-        model._is_accelerate_prepared = False  # type: ignore[assignment]
-    done = trainer.train(resume_from_checkpoint=checkpoint)
-    after = _evaluate(trainer, prepared)
-    if trainer.args.should_save:
-        _save(model, prepared, adapter)
-    trainer.accelerator.wait_for_everyone()
-    head = _head(model, bool(prepared.labels))
-    trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+def _parameters(model: PreTrainedModel | PeftModel, head: list[str]) -> dict[str, int]:
+    """How many parameters there are, and how many are trained; ZeRO-3 has replaced them by empty ones of a `ds_numel`."""
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
+    trainable = {name: sizes[name] for name, p in model.named_parameters() if p.requires_grad}
     return {
-        **before,
-        "after": after,
-        "parameters": {
-            "total": sum(p.numel() for p in model.parameters()),
-            "trainable": sum(trainable.values()),
-            "trainable_outside_head": sum(size for name, size in trainable.items() if not _is_in(head, name)),
-        },
-        "adapter_bytes": sum(file.stat().st_size for file in adapter.glob("*.safetensors")),
-        "steps": done.global_step,
-        "seconds": {"train": done.metrics["train_runtime"]},
+        "total": sum(sizes.values()),
+        "trainable": sum(trainable.values()),
+        "trainable_outside_head": sum(size for name, size in trainable.items() if not _is_in(head, name)),
     }
 
 
-def _save(model: PreTrainedModel | PeftModel, prepared: Prepared, adapter: Path) -> None:
-    """Save to `adapter`: whenever this is cut off, the directory is the old one, the new one or not there."""
-    for left in adapter.parent.glob(".saving-*"):  # by runs that were killed
-        shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=adapter.parent) as temporary:
-        new, old = Path(temporary, "new"), Path(temporary, "old")
-        model.save_pretrained(str(new))
-        prepared.processor.save_pretrained(new)
-        if adapter.exists():
-            adapter.rename(old)
-        new.rename(adapter)
+def _trainer(recipe: Recipe, model: PreTrainedModel | PeftModel, data: EncodedData) -> Trainer:
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        return {name: metric(prediction) for name, metric in data.metrics.items()}
+
+    with errors_about("training"):
+        return data.trainer(
+            model=model,
+            args=recipe.arguments,
+            train_dataset=data.splits["train"],
+            eval_dataset=data.splits.get("validation"),
+            data_collator=data.collator,
+            processing_class=data.processor,
+            compute_metrics=metrics,
+        )
 
 
-def _evaluate(trainer: Trainer, prepared: Prepared) -> dict[str, dict[str, float]]:
+def _check_sharding(trainer: Trainer, verify: bool) -> None:
+    """Refuse what FSDP and DeepSpeed cannot do, before hours of training rather than after them."""
+    state: Any = trainer.accelerator.state
+    if verify and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise RecipeError("--verify: FSDP and DeepSpeed evaluate only what they train; leave it out")
+    if trainer.is_fsdp_enabled and "FULL_STATE_DICT" not in str(state.fsdp_plugin.state_dict_type):
+        raise RecipeError("training: FSDP saves no adapter; set fsdp_state_dict_type: FULL_STATE_DICT for accelerate")
+    zero3 = trainer.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3
+    if zero3 and not state.deepspeed_plugin.zero3_save_16bit_model:
+        raise RecipeError("training: ZeRO-3 saves no adapter; set zero3_save_16bit_model: true for accelerate")
+
+
+def _save(trainer: Trainer, adapter: Path) -> None:
+    """Save the adapter, or all of the model, and what encodes its input; every process must take part."""
+    if not trainer.args.should_save:
+        trainer.save_model(str(adapter))  # gathers what is sharded, and writes nothing
+        return
+    with whole_directory(adapter) as directory:
+        trainer.save_model(str(directory))
+        (directory / "training_args.bin").unlink()  # a pickle; metrics.json has the recipe
+
+
+@contextmanager
+def whole_directory(target: Path) -> Iterator[Path]:
+    """A directory to write into, which takes the place of `target` at the end.
+
+    Whenever this is cut off, `target` is the old directory, the new one, or for a moment not there. Several processes
+    may write one target: the last one's directory stays.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=target.parent) as temporary:
+        new = Path(temporary, "new")
+        new.mkdir()
+        yield new
+        for number in itertools.count():
+            with suppress(FileNotFoundError):
+                target.rename(Path(temporary, f"old{number}"))
+            try:
+                new.rename(target)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+                continue  # another process was first
+            return
+
+
+def _evaluate(trainer: Trainer, data: EncodedData) -> dict[str, dict[str, float]]:
     """Split -> loss and metrics, on every split but the training one."""
     results = {}
-    for role, rows in prepared.splits.items():
+    for role, rows in data.splits.items():
         if role != "train":
             metrics = trainer.evaluate(rows)
-            results[role] = {name: metrics[f"eval_{name}"] for name in ("loss", *prepared.metrics)}
+            results[role] = {name: metrics[f"eval_{name}"] for name in ("loss", *data.metrics)}
     return results
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 
+from hyperadapt_cli import main
 from hyperadapt_peft import HyperAdaptConfig, SurmConfig
 from hyperadapt_peft.adapters.inspection import describe, inspect_adapter, table
-from hyperadapt_peft.cli.main import main
 
 from ..tiny import build
 

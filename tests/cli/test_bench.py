@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import LlamaConfig
 
+from hyperadapt_cli import main
 from hyperadapt_peft.cli import bench
-from hyperadapt_peft.cli.main import main
 from hyperadapt_peft.cli.plan import plan
 
 from .. import tiny

@@ -11,9 +11,9 @@ import yaml
 from PIL import Image
 
 from benchmarks import embedded
+from hyperadapt_cli import main
 from hyperadapt_peft.cli import compare
 from hyperadapt_peft.cli.data import load_splits
-from hyperadapt_peft.cli.main import main
 from hyperadapt_peft.cli.recipe import load
 
 from .test_train import run
@@ -86,16 +86,16 @@ def stand_in(family, part, directory):
 
 
 @pytest.mark.parametrize(("family", "part"), PARTS, ids=lambda value: value)
-def test_every_set_is_prepared_from_its_schema(family, part, bert, llama, vit, tmp_path):
+def test_every_set_is_encoded_from_its_schema(family, part, bert, llama, vit, tmp_path):
     changes = stand_in(family, part, tmp_path)
     recipe = load(CONFIGS / f"{RECIPES[family]}.yaml", [*changes, "training.bf16=false", "training.use_cpu=true"])
     splits = load_splits(recipe.data)
     model = {"glue": bert, "images": vit}.get(family, llama)
-    prepared = recipe.task.prepare(recipe.data, splits, str(model), None)
-    assert recipe.data.metric in prepared.metrics
+    encoded = recipe.task.encode(recipe.data, splits, str(model), None)
+    assert recipe.data.metric in encoded.metrics
     role = "validation" if family == "glue" else "test"
-    row = prepared.splits[role][0]
-    batch = prepared.collator([prepared.splits[role][index] for index in range(2)])
+    row = encoded.splits[role][0]
+    batch = encoded.collator([encoded.splits[role][index] for index in range(2)])
     if family == "glue":
         assert row["labels"] == (4.2 if part == "stsb" else 0) and batch["input_ids"].shape[0] == 2
     elif family == "images":
@@ -157,7 +157,7 @@ def test_the_committed_tables_are_those_of_the_committed_runs(path, tmp_path, mo
         file.write_text(file.read_text().replace('"embedded:', '".cache/embedded/'))
     comparison = compare.load(path)
     monkeypatch.setattr(compare, "_train", None)  # nothing runs
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # and nothing is drawn
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # and nothing is drawn
     compare.compare(comparison)
     for name in ("comparison.json", "comparison.md"):
         assert (tmp_path / comparison.output_dir / name).read_text() == (results / name).read_text()

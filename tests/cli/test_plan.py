@@ -7,11 +7,12 @@ import torch
 from peft import get_peft_model
 from transformers import Qwen2Config
 
-from hyperadapt_peft.cli.main import main
+from hyperadapt_cli import main
 from hyperadapt_peft.cli.memory import SavedTensors, stored_bytes, tensors
-from hyperadapt_peft.cli.models import build, find_task, make_batch
+from hyperadapt_peft.cli.models import build, make_batch
 from hyperadapt_peft.cli.plan import plan
 from hyperadapt_peft.cli.recipe import read_tuner
+from hyperadapt_peft.cli.tasks import find_task
 
 from .. import tiny
 

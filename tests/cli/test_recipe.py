@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
+from hyperadapt_cli import main
 from hyperadapt_peft.cli.errors import RecipeError
-from hyperadapt_peft.cli.main import main
 from hyperadapt_peft.cli.recipe import check, load
 
 
@@ -17,15 +17,22 @@ WRONG = {
     "unknown key in tuner": (["tuner.side=row"], "tuner.side: unknown key.*'sides'"),
     "key of another tuner": (["tuner.lora_alpha=8"], "tuner.lora_alpha: unknown key"),
     "unknown key in training": (["training.learning_rte=1"], "training.learning_rte: unknown key.*'learning_rate'"),
-    "wrong type in training": (["training.learning_rate=fast"], "training.learning_rate: expected float, got 'fast'"),
-    "bool for int": (["training.seed=true"], "training.seed: expected int, got True"),
-    "number for bool": (["training.bf16=1"], "training.bf16: expected bool, got 1"),
-    "wrong type in tuner": (["tuner.target_modules=5"], r"tuner.target_modules: expected .*list\[str\].*, got 5"),
-    "wrong type in data": (["data.max_length=long"], "data.max_length: expected int, got 'long'"),
+    "wrong type in training": (
+        ["training.learning_rate=fast"],
+        "training.learning_rate: expected a valid number, got 'fast'",
+    ),
+    "number for text": (["model.revision=5"], "model.revision: expected a valid string, got 5"),
+    "bool for int": (["training.seed=true"], "training.seed: expected a valid integer, got True"),
+    "number for bool": (["training.bf16=1"], "training.bf16: expected a valid boolean, got 1"),
+    "wrong type in tuner": (
+        ["tuner.target_modules=5"],
+        "tuner.target_modules: expected a valid array or a valid string, got 5",
+    ),
+    "wrong type in data": (["data.max_length=long"], "data.max_length: expected a valid integer, got 'long'"),
     "wrong scheduler": (["training.lr_scheduler_type=linaer"], "training.lr_scheduler_type: .*'linear'"),
     "wrong strategy": (["training.eval_strategy=epochs"], "training.eval_strategy: .*'epoch'"),
-    "wrong dtype": (["model.dtype=bf16"], "model.dtype: expected one of .*'bfloat16'"),
-    "wrong sides": (["tuner.sides=rows"], "tuner.sides: expected one of both, row, column, .*'row'"),
+    "wrong dtype": (["model.dtype=bf16"], "model.dtype: expected 'auto', .*name is 'bfloat16'"),
+    "wrong sides": (["tuner.sides=rows"], "tuner.sides: expected 'both', 'row' or 'column', .*'row'"),
     "unknown peft_type": (["tuner.peft_type=HYPERADPT"], "tuner.peft_type: unknown type 'HYPERADPT'.*'HYPERADAPT'"),
     "lower-case peft_type": (["tuner.peft_type=lora"], "tuner.peft_type: unknown type 'lora'.*'LORA'"),
     "missing peft_type": (["tuner={}"], "tuner.peft_type: missing"),
@@ -36,8 +43,8 @@ WRONG = {
         ["training.bf16=true", "training.fp16=true"],
         "training: At most one of fp16 and bf16",
     ),
-    "missing name": (["model={}"], "model.name: missing, expected str"),
-    "missing output_dir": (["training={}"], "training.output_dir: missing, expected str"),
+    "missing name": (["model={}"], "model.name: missing"),
+    "missing output_dir": (["training={}"], "training.output_dir: missing"),
     "missing model directory": (["model.name=./nowhere"], "model.name: no such directory './nowhere'"),
     "missing data directory": (["data={name: /no/where}"], "data.name: no such directory '/no/where'"),
     "missing data file": (["data.data_files.test=no.jsonl"], "data.data_files.test: no such file 'no.jsonl'"),
@@ -61,9 +68,9 @@ WRONG = {
         ["task=causal-lm", "data={name: x, answer_pattern: '('}"],
         "data.answer_pattern: not a regular",
     ),
-    "metric of another task": (["data.metric=exact_match"], "data.metric: expected one of accuracy, f1, "),
+    "metric of another task": (["data.metric=exact_match"], "data.metric: expected 'accuracy', 'f1', "),
     "reference to nowhere": (["data=none.yaml#rte"], ".*none.yaml: No such file"),
-    "no samples": (["data.max_train_samples=0"], "data.max_train_samples: expected at least 1, got 0"),
+    "no samples": (["data.max_train_samples=0"], "data.max_train_samples: expected greater than or equal to 1, got 0"),
     "evaluation in bf16": (["training.bf16_full_eval=true"], "training.bf16_full_eval: not supported"),
     "missing checkpoint": (["training.resume_from_checkpoint=x"], "training.resume_from_checkpoint: no such dir"),
     "override without value": (["training.seed"], "training.seed: expected section.key=value"),

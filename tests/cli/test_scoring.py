@@ -86,15 +86,15 @@ def test_generation_sees_the_prompt_only_and_scores_each_row(llama, tmp_path):
         written = tokenizer.decode(tokens, skip_special_tokens=True)
         rows.append({"prompt": prompt, "completion": written if index % 2 else written + " film"})
     section = PromptData("json", data_files=write(tmp_path, rows), metric="exact_match", max_new_tokens=3)
-    prepared = causal_lm(section, {"train": datasets.Dataset.from_list(rows)}, str(llama), None)
-    trainer = prepared.trainer(
+    encoded = causal_lm(section, {"train": datasets.Dataset.from_list(rows)}, str(llama), None)
+    trainer = encoded.trainer(
         model=model,
         args=transformers.TrainingArguments(str(tmp_path), use_cpu=True, per_device_eval_batch_size=4),
-        data_collator=prepared.collator,
-        processing_class=prepared.processor,
+        data_collator=encoded.collator,
+        processing_class=encoded.processor,
         compute_metrics=lambda prediction: {"right": prediction.predictions},
     )
-    assert trainer.evaluate(prepared.splits["train"])["eval_right"].tolist() == [0.0, 1.0, 0.0, 1.0]
+    assert trainer.evaluate(encoded.splits["train"])["eval_right"].tolist() == [0.0, 1.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -126,10 +126,10 @@ def test_choices_are_scored_per_token(llama, tmp_path):
         metric="choice_likelihood",
     )
     splits = {role: datasets.Dataset.from_list(rows) for role in ("train", "test")}
-    prepared = causal_lm(section, splits, str(llama), None)
-    assert "others" not in prepared.splits["train"].column_names
+    encoded = causal_lm(section, splits, str(llama), None)
+    assert "others" not in encoded.splits["train"].column_names
     model = transformers.AutoModelForCausalLM.from_pretrained(llama).eval()
-    tokenizer = prepared.processor
+    tokenizer = encoded.processor
     expected, losses = [], []
     for row in rows:
         prompt, scores = tokenizer(row["prompt"]).input_ids, []
@@ -140,15 +140,15 @@ def test_choices_are_scored_per_token(llama, tmp_path):
                 scores.append(model(input_ids=torch.tensor([prompt + after]), labels=labels).loss.item())
         expected.append(float(np.argmin(scores) == row["answer"]))
         losses.append(scores[row["answer"]])
-    trainer = prepared.trainer(
+    trainer = encoded.trainer(
         model=model,
         args=transformers.TrainingArguments(str(tmp_path), use_cpu=True, remove_unused_columns=False),
-        data_collator=prepared.collator,
+        data_collator=encoded.collator,
         processing_class=tokenizer,
         compute_metrics=lambda prediction: {"right": prediction.predictions},
     )
     trainer.label_names = ["labels"]
-    found = trainer.evaluate(prepared.splits["test"])
+    found = trainer.evaluate(encoded.splits["test"])
     assert found["eval_right"].tolist() == expected
     assert found["eval_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
 

@@ -1,6 +1,7 @@
 """Whole runs through the command line, on tiny models and data."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers.trainer_callback import TrainerCallback
 
+from hyperadapt_cli import main
 from hyperadapt_peft.cli.data import PromptData
-from hyperadapt_peft.cli.main import main
 from hyperadapt_peft.cli.recipe import load
 from hyperadapt_peft.cli.tasks import causal_lm
 
@@ -23,7 +24,7 @@ from .conftest import SIZES, save_tokenizer
 
 def run(path: str, *arguments: str) -> tuple[dict, Path]:
     """Train; returns the metrics written and the run's directory."""
-    assert main(["train", path, *arguments]) == 0
+    assert main(["train", path, "--verify", *arguments]) == 0
     directory = Path(path).parent / "run"
     return json.loads((directory / "metrics.json").read_text()), directory
 
@@ -288,14 +289,32 @@ def test_a_reload_that_differs_is_an_error(recipe, monkeypatch):
 
     monkeypatch.setattr(PeftModel, "from_pretrained", classmethod(broken))
     with pytest.raises(RuntimeError, match="does not evaluate as it did when it was saved"):
-        main(["train", recipe()])
+        main(["train", recipe(), "--verify"])
 
 
-def test_the_command_line_as_a_process(recipe):
-    """One line; and before `train` is asked for, nothing of the training room is imported."""
-    code = "import sys, hyperadapt_peft.cli.main as cli; assert 'datasets' not in sys.modules; sys.exit(cli.main())"
-    command = [sys.executable, "-c", code, "train", recipe(), "tuner.peft_typ=LORA"]
+def test_a_mistake_is_one_line_of_a_process(recipe):
+    """And no line of the libraries that are imported."""
+    command = [sys.executable, "-m", "hyperadapt_cli", "train", recipe(), "tuner.peft_typ=LORA"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "") and "Traceback" not in done.stderr
-    *_, error = done.stderr.splitlines()  # after what optional libraries print when they are imported
-    assert error == "error: tuner.peft_typ: unknown key; the nearest valid name is 'peft_type'"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: tuner.peft_typ: unknown key; the nearest valid name is 'peft_type'\n"
+
+
+def test_a_run_prints_bars_and_the_table(recipe):
+    """Not transformers' report of the new head, nor deprecations and missing kernels."""
+    command = [sys.executable, "-m", "hyperadapt_cli", "train", recipe(training={"max_steps": 2})]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    *logged, frequent, accuracy, _, _, _ = done.stdout.splitlines()
+    assert frequent.startswith("test accuracy of the most frequent label") and "test accuracy after" in accuracy
+    assert all(line.startswith("{") for line in logged)
+    bars = re.split(r"[\r\n]+", done.stderr.strip())
+    assert all("%|" in line or "examples/s" in line for line in bars), bars
+
+
+def test_only_what_is_asked_for_is_evaluated(recipe):
+    path = recipe(training={"max_steps": 2})
+    assert main(["train", path]) == 0
+    metrics = json.loads((Path(path).parent / "run" / "metrics.json").read_text())
+    assert "after" in metrics and "before" not in metrics and "reloaded" not in metrics
+    verified, _ = run(path, "--overwrite")
+    assert verified["after"] == metrics["after"] and verified["parameters"] == metrics["parameters"]

@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hyperadapt_peft.cli.main import main
+from hyperadapt_cli import main
 from tests import tiny
 from tests.cli.conftest import save_tokenizer, write_rows
 

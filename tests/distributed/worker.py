@@ -23,10 +23,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import TrainingArguments
 
+from hyperadapt_cli import main as hyperadapt
 from hyperadapt_peft import HyperAdaptConfig, SurmConfig
 from hyperadapt_peft.cli import train as cli
-from hyperadapt_peft.cli.main import main as hyperadapt
-from hyperadapt_peft.cli.tasks import Prepared
+from hyperadapt_peft.cli.tasks import EncodedData
 from tests import tiny
 
 from .training import TUNERS, launch_environment, train
@@ -136,7 +136,7 @@ def meshes(directory: Path) -> None:
 def order(directory: Path) -> None:
     """The rows each process would train on in an epoch, when its random numbers are not the other's."""
     rows = [{"input_ids": [3] * (1 + i % 7), "labels": i} for i in range(48)]
-    prepared = Prepared(
+    data = EncodedData(
         {"train": rows}, lambda batch: {"labels": torch.tensor([row["labels"] for row in batch])}, None, {}
     )
     arguments = TrainingArguments(
@@ -146,7 +146,7 @@ def order(directory: Path) -> None:
         train_sampling_strategy="group_by_length",
         remove_unused_columns=False,
     )
-    trainer = cli._trainer(SimpleNamespace(arguments=arguments), nn.Linear(1, 1), prepared)
+    trainer = cli._trainer(SimpleNamespace(arguments=arguments), nn.Linear(1, 1), data)
     torch.manual_seed(dist.get_rank())
     mine = torch.cat([batch["labels"] for batch in trainer.get_train_dataloader()])
     everyone = [torch.empty_like(mine) for _ in range(2)]

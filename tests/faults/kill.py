@@ -71,7 +71,7 @@ def run(recipe: Path, output: Path, sampler: str, resume: bool, die_at: int | No
         os.dup2(log.fileno(), 2)
     count = kill_at(die_at, output) if die_at is not None else None
     changes = [f"training.output_dir={output}", f"training.train_sampling_strategy={sampler}"]
-    train(load(recipe, changes), resume=resume)
+    train(load(recipe, changes), resume=resume, verify=True)
     if count is not None:
         output.with_suffix(".events").write_text(str(count()))
 

@@ -4,7 +4,6 @@ import random
 import resource
 import shutil
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from hyperadapt_peft import HyperAdaptConfig, SurmConfig
-from hyperadapt_peft.cli.train import _save
+from hyperadapt_peft.cli.train import whole_directory
 
 from .kill import FORK, kill_at
 
@@ -64,7 +63,8 @@ def loaded(directory, models):
 
 
 def save_run(model, directory):
-    _save(model, SimpleNamespace(processor=SimpleNamespace(save_pretrained=lambda directory: None)), directory)
+    with whole_directory(directory) as new:
+        model.save_pretrained(new)
 
 
 def killed(model, directory, operation):
@@ -91,6 +91,35 @@ def test_killed_at_every_operation_on_a_file(models, tmp_path):
     assert [order[which] for which in found] == sorted(order[which] for which in found) and set(found) == set(order)
     save_run(new, directory)
     assert loaded(directory, models) == "new" and not list(directory.rglob(".saving-*"))
+
+
+def save_fifty_times(model, directory, barrier, seed):
+    torch.set_num_threads(1)
+    delay = random.Random(seed)
+    for _ in range(50):
+        barrier.wait()
+        time.sleep(delay.uniform(0, 0.02))
+        save_run(model, directory)
+        barrier.wait()
+
+
+@pytest.mark.parametrize("models", ["surm"], indirect=True)
+def test_two_processes_that_save_one_adapter_leave_each_other_s_files_alone(models, tmp_path):
+    directory, barrier = tmp_path / "adapter", FORK.Barrier(3, timeout=60)
+    processes = [
+        FORK.Process(target=save_fifty_times, args=(model, directory, barrier, seed))
+        for seed, model in enumerate(models)
+    ]
+    for process in processes:
+        process.start()
+    for _ in range(50):
+        barrier.wait()
+        barrier.wait()
+        assert loaded(directory, models) in ("old", "new")
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 @pytest.mark.parametrize("room", [10, 300, 700])  # bytes a file may have: not even the weights, not the config, ...

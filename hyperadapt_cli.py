@@ -1,0 +1,134 @@
+"""The `hyperadapt` command: `hyperadapt train recipe.yaml`, or `python -m hyperadapt_cli train recipe.yaml`.
+
+It lies beside the package, which imports torch and registers its methods when it is imported: that is left until a
+command runs, so that `--help`, `--version` and a wrong option answer at once.
+"""
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(prog="hyperadapt", description="Fine-tune with HyperAdapt and every PEFT method.")
+    parser.add_argument("--version", action="version", version=f"hyperadapt_peft {version('hyperadapt_peft')}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("train", help="train, save and evaluate what a YAML recipe describes")
+    command.add_argument("recipe", help="a YAML file with the sections task, model, data, tuner and training")
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="change the recipe, for instance training.learning_rate=1e-3 or tuner='{peft_type: LORA, r: 8}'",
+    )
+    start = command.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output directory")
+    start.add_argument("--overwrite", action="store_true", help="remove the earlier run in the output directory first")
+    start.add_argument("--dry-run", action="store_true", help="check and show the recipe; download and train nothing")
+    command.add_argument(
+        "--verify", action="store_true", help="evaluate before training too, and what is reloaded from disk"
+    )
+
+    command = commands.add_parser("compare", help="train several methods on one task and put them in a table")
+    command.add_argument("comparison", help="a YAML file with the keys recipe, seeds, methods and output_dir")
+
+    command = commands.add_parser("bench", help="measure speed and memory of training with each method, side by side")
+    _add_model(command, "--model", default="llama")
+    command.add_argument("--rounds", type=int, default=7, help="each times one step of every method (default 7)")
+    command.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="default all; a wrong name is told which there are"
+    )
+    command.add_argument("--output-dir", default="runs/bench", help="of bench.json, bench.md and bench.png")
+
+    command = commands.add_parser("plan", help="tell what training will need, without loading weights")
+    _add_model(command, "model")
+    command.add_argument(
+        "--tuner",
+        default="{peft_type: HYPERADAPT}",
+        help="a recipe's tuner section as YAML, for instance '{peft_type: LORA, r: 8}' (default HyperAdapt)",
+    )
+
+    command = commands.add_parser("inspect", help="show the ranks and singular values of an adapter's updates")
+    command.add_argument("adapter", help="an adapter's directory or Hub id")
+    command.add_argument("--model", help="its base model, default what its config names")
+    command.add_argument("--beside", metavar="ADAPTER", help="another adapter of the same base model")
+    command.add_argument("--output", help="a directory for ranks.json, ranks.md and ranks.png")
+
+    command = commands.add_parser(
+        "run", help="run a command, such as lm_eval, whose Python processes then know the methods of this package"
+    )
+    command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="COMMAND ...")
+    return parser
+
+
+def _add_model(command: argparse.ArgumentParser, name: str, **kwargs: Any) -> None:
+    """The options of a model that is built from its config, and of its batch."""
+    described = "a Hub id, a directory, a config.json, or llama (6 layers of width 768)"
+    command.add_argument(name, help=f"{described}; only the config is read", **kwargs)
+    command.add_argument("--task", default="causal-lm", help="the model's head, as in a recipe (default causal-lm)")
+    command.add_argument("--batch-size", type=int, default=4)
+    command.add_argument("--sequence-length", type=int, default=256, help="in tokens (default 256)")
+    command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (2 for a mistake in the recipe, told in one line)."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command == "run":
+        if not args.arguments:
+            parser.error("run: expected a command")
+        return run(args.arguments)
+    quiet_libraries()
+    from hyperadapt_peft.cli.commands import COMMANDS
+    from hyperadapt_peft.cli.errors import RecipeError
+
+    try:
+        COMMANDS[args.command](args)
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def quiet_libraries() -> None:
+    """Leave out what other libraries report about themselves; what the environment says of their verbosity holds."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its report of a head that is new, as it must be
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # kernels for other machines, deprecations
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.simplefilter("ignore", category)
+
+
+def run(command: list[str]) -> int:
+    """Run a command whose Python processes, and theirs, register the methods as soon as they import `peft`.
+
+    The directory that does it comes first on `PYTHONPATH`, for this command only. Returns the command's exit code, on
+    POSIX by becoming the command, so that signals reach it too.
+    """
+    package = find_spec("hyperadapt_peft")
+    assert package is not None and package.origin is not None, "it is installed with this module"
+    startup = Path(package.origin).parent / "cli" / "startup"
+    paths = [str(startup), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    try:
+        if os.name == "nt":
+            return subprocess.run(command, env=environment, check=False).returncode
+        os.execvpe(command[0], command, environment)
+    except OSError as error:
+        print(f"error: {command[0]}: {error.strerror}", file=sys.stderr)
+        return 127
+
+
+if __name__ == "__main__":
+    sys.exit(main())
