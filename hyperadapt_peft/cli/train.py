@@ -77,11 +77,13 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, verify:
         for path in [*earlier, *output.glob(".saving-*")]:  # the latter by runs that were killed
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     adapter = output / "adapter"
-    results: dict[str, Any] = {"before": _evaluate(trainer, data)} if verify else {}
-    results["parameters"] = _parameters(model, _head(model, bool(data.labels)))
-    if verify and trainer.args.world_size > 1:
-        # accelerate would take the model for one that is wrapped already, and every process would train on its own
-        model._is_accelerate_data = False  # type: ignore[assignment]
+    results: dict[str, Any] = {"parameters": _parameters(model, _head(model, bool(data.labels)))}
+    if verify:
+        with torch.random.fork_rng():  # training is the same without it
+            results["before"] = _evaluate(trainer, data)
+        if trainer.args.world_size > 1:
+            # accelerate would take the model for a wrapped one, and every process would train on its own
+            model._is_accelerate_prepared = False  # type: ignore[assignment]
     done = trainer.train(resume_from_checkpoint=checkpoint)
     results["after"] = _evaluate(trainer, data)
     _save(trainer, adapter)
