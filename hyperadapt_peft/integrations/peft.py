@@ -27,6 +27,7 @@ from torch import nn
 
 from ..tuners.common.config import TargetConfig
 from ..tuners.common.loading import AtomicInjection
+from ..tuners.common.merging import AtomicMerging
 
 
 _lock = threading.RLock()
@@ -118,7 +119,7 @@ def _register_mixed(peft_type: PeftType, config_cls: type[PeftConfig], layer_cls
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING[peft_type] = PEFT_TYPE_TO_TUNER_MAPPING[peft_type]
 
 
-class MixedModel(AtomicInjection, mixed_model.MixedModel):
+class MixedModel(AtomicInjection, AtomicMerging, mixed_model.MixedModel):
     """`PeftMixedModel`'s model, which leaves the configs of this package to their own tuners."""
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:  # type: ignore[override]

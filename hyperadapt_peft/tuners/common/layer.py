@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils import quantization_extra_repr
 from torch import nn
 
-from .quantization import dequantized
+from .base_weight import MergedWeight, check_finite, local
+from .quantization import MergedQuantizedWeight, dequantized, quantization_backend, unpack
 
 
 if TYPE_CHECKING:
@@ -37,13 +37,12 @@ class TargetLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.quantization_backend = resolve_quantization_backend(
-            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
-        )
+        self.quantization_backend = quantization_backend(self.get_base_layer(), **kwargs)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.scaling: dict[str, float] = {}  # each adapter's strength; sub-classes have it in `other_param_names`
-        self._state_before_merge: Any = None
+        self._merged_weight: Optional[Union[MergedWeight, MergedQuantizedWeight]] = None
+        self._merged_weight_class = MergedWeight if self.quantization_backend is None else MergedQuantizedWeight
         self.cast_input_dtype_enabled = True  # read by peft.helpers.disable_input_dtype_casting
         _refuse_tensor_parallel(self.get_base_layer(), self.parameter_name)
         self.in_features, self.out_features = self.base_sizes()
@@ -111,6 +110,25 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         """Return whether an adapter is on this layer."""
         return any(adapter_name in getattr(self, name) for name in self.adapter_layer_names)
 
+    def base_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the base layer's output, with a gradient for the input if that needs one.
+
+        Raises:
+            RuntimeError: If the base layer gives its input no gradient.
+        """
+        needs_grad = torch.is_grad_enabled() and x.requires_grad
+        if needs_grad:
+            unpack(self.get_base_layer())
+        result = self.base_layer(x, *args, **kwargs)
+        if needs_grad and not result.requires_grad:
+            base_layer: Any = self.get_base_layer()
+            raise RuntimeError(
+                f"A {type(base_layer).__name__} whose weight is a {type(base_layer.weight).__name__} gives its input no "
+                "gradient, so adapters before it would not be trained. Quantize the base model in another way to "
+                "train, for instance its weights only; to evaluate, call it under `torch.no_grad()`."
+            )
+        return result
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
         if self.merged and adapter_names is not None:
@@ -147,40 +165,47 @@ class TargetLayer(nn.Module, BaseTunerLayer):
                 The adapters to merge; the active ones if `None`.
 
         Raises:
-            ValueError: If an adapter cannot be merged, or with `safe_merge` if the merged weight would not be finite.
+            ValueError: If an adapter cannot be merged, the base layer would not keep the merged weight, or with
+                `safe_merge` if it would not be finite. The layer is left as it was.
         """
         adapter_names = self._adapters_to_merge(adapter_names)
         if not adapter_names:
             return
         self._merge_inner(safe_merge)
-        merged = self._merged_weight(adapter_names, check=safe_merge)
-        if self._state_before_merge is None:
-            self._state_before_merge = self._save_state()
-        if self.quantization_backend is None:
-            self.base_parameter.data.copy_(merged)
-        else:
-            self.set_base_weight(merged)
+        merged_weight = self._merged_weight or self._merged_weight_class(self)
+        merged_weight.write(self, [*self.merged_adapters, *adapter_names], check=safe_merge)
+        self._merged_weight = merged_weight
         self.merged_adapters.extend(adapter_names)
 
     def _merge_inner(self, safe_merge: bool) -> None:
         inner: Any = self.base_layer
-        if isinstance(inner, BaseTunerLayer):  # its adapters are part of the weight adapted here
+        if isinstance(inner, BaseTunerLayer) and not inner.merged:  # its adapters are part of the weight adapted here
             inner.merge(safe_merge=safe_merge)
 
     def unmerge(self) -> None:
-        """Put back the base weight from before the first merge, bit by bit."""
-        if not self.merged:
+        """Put back the base weight from before the merge, bit by bit.
+
+        What others have merged into the same weight stays, up to rounding; the last of this package's layers to be
+        unmerged puts back what was before the first.
+        """
+        if self._merged_weight is None:
             warnings.warn("Already unmerged. Nothing to do.")
             return
-        self._restore_state(self._state_before_merge)
-        self._state_before_merge = None
+        self._merged_weight.write(self, [])
+        self._merged_weight = None
         self.merged_adapters.clear()
 
-    def check_merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
-        """Raise the error that `merge` with these arguments would raise, and change nothing."""
+    def check_merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> list[str]:
+        """Raise the error that `merge` with these arguments would raise, and change nothing.
+
+        Returns:
+            The adapters that it would merge.
+        """
         adapter_names = self._adapters_to_merge(adapter_names)
         if adapter_names and safe_merge:
-            self._merged_weight(adapter_names, check=True)
+            weight, names = self._unmerged_weight(), [*self.merged_adapters, *adapter_names]
+            check_finite(self.adapted_weight(weight, names).to(weight.dtype), names)
+        return adapter_names
 
     def check_mergeable(self, adapter_name: str) -> None:
         """Raise ValueError if the adapter is of a kind that no weight can hold."""
@@ -188,26 +213,9 @@ class TargetLayer(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """Return what one adapter adds to the unmerged base weight, in the weight's shape and dtype."""
         self.check_mergeable(adapter_name)
-        weight = self._weight_before_merge()
+        weight = self._unmerged_weight()
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         return (self.adapted_weight(weight, [adapter_name]) - wide).to(weight.dtype)
-
-    def _adapters_to_merge(self, adapter_names: Optional[list[str]]) -> list[str]:
-        available = self._get_available_adapters()
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in available]
-        for name in names:
-            self.check_mergeable(name)
-        return names
-
-    def _weight_before_merge(self) -> torch.Tensor:
-        if self._state_before_merge is None:
-            return self.get_base_weight()
-        if self.quantization_backend is None:
-            return self._state_before_merge.to(self.base_parameter.device)
-        base_layer, attributes, _ = self._state_before_merge
-        unmerged = object.__new__(type(base_layer))
-        unmerged.__dict__.update(attributes)
-        return dequantized(self.quantization_backend, unmerged)
 
     def get_base_weight(self) -> torch.Tensor:
         """Return the base layer's weight as it is now, dequantized if it is quantized."""
@@ -215,39 +223,36 @@ class TargetLayer(nn.Module, BaseTunerLayer):
             return self.base_parameter.data
         return dequantized(self.quantization_backend, self.get_base_layer())
 
-    def _merged_weight(self, adapter_names: list[str], check: bool) -> torch.Tensor:
-        weight = self._weight_before_merge()
-        merged = self.adapted_weight(weight, [*self.merged_adapters, *adapter_names]).to(weight.dtype)
-        if check and not torch.isfinite(merged).all():
+    def _unmerged_weight(self) -> torch.Tensor:
+        return self.get_base_weight() if self._merged_weight is None else self._merged_weight.unmerged(self)
+
+    def _adapters_to_merge(self, adapter_names: Optional[list[str]]) -> list[str]:
+        available = self._get_available_adapters()
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in available]
+        for name in names:
+            self.check_mergeable(name)
+        if names and (why := self._why_not_mergeable()):
             raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken"
+                f"Cannot merge into a {type(self.get_base_layer()).__name__}: {why}. Use the adapter unmerged, or merge "
+                "it into the base model as it was before it was quantized, parametrized or offloaded."
             )
-        return merged
+        return names
 
-    def _save_state(self) -> Any:
-        if self.quantization_backend is None:
-            return self.base_parameter.data.to("cpu", copy=True)
-        base_layer = self.get_base_layer()
-        # Backends replace the weight, or the layer, with new objects: the old ones stay valid and need no copy.
-        attributes = {**base_layer.__dict__, "_parameters": dict(base_layer._parameters)}
-        if "state" in attributes:  # bitsandbytes 8 bit
-            attributes["state"] = copy.copy(attributes["state"])
-        weight: Any = getattr(base_layer, "weight", None)
-        # PEFT's backend for bitsandbytes 4 bit changes the old weight's attributes on its way to the new one
-        return base_layer, attributes, dict(vars(weight)) if hasattr(weight, "quant_state") else None
+    def _why_not_mergeable(self) -> Optional[str]:
+        name, backend = self.parameter_name, self.quantization_backend
+        if backend is not None:
+            return None if backend.supports_merge else f"its {backend.backend_name} weight cannot be quantized again"
+        if name not in self.get_base_layer()._parameters:
+            return f"its {name} is computed from other parameters, which a merge would not change"
+        if type(local(self.base_parameter.data)) is not torch.Tensor:
+            return (
+                f"its {name} is a {type(self.base_parameter.data).__name__}, which does not keep what is written to it"
+            )
+        return f"its {name} is not in memory" if self.base_parameter.is_meta else None
 
-    def _restore_state(self, state: Any) -> None:
-        if self.quantization_backend is None:
-            self.base_parameter.data.copy_(state)
-            return
-        base_layer, attributes, weight_attributes = state
-        base_layer.__dict__.clear()
-        base_layer.__dict__.update(attributes)
-        if weight_attributes is not None:
-            vars(base_layer.weight).clear()
-            vars(base_layer.weight).update(weight_attributes)
-        if self.get_base_layer() is not base_layer:  # a backend may replace the layer
-            self.base_layer = base_layer
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        unpack(self.get_base_layer())  # before bitsandbytes does, wrongly
+        super()._save_to_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)

@@ -12,11 +12,9 @@ from typing import Any, ClassVar, Optional, Union
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
-    onload_layer,
     set_adapter,
 )
 from peft.utils import get_quantization_kwargs
@@ -26,11 +24,12 @@ from .config import TargetConfig
 from .experts import fused_weights, is_selected
 from .layer import TargetLayer, modules_around_adapters
 from .loading import AtomicInjection, check_tensors, loadable_tensors, removed_if_refused
+from .merging import AtomicMerging
 from .mixed_batch import adapter_names_hooks
 from .targets import heads, outer_modules, refusal, save_heads, target_exactly
 
 
-class TargetModel(AtomicInjection):
+class TargetModel(AtomicInjection, AtomicMerging):
     """A tuner that puts a [`TargetLayer`] around each target module.
 
     Sub-classes set PEFT's `prefix` and `tuner_layer_cls`, and here `layer_class_for` and `supported_layers`.
@@ -176,43 +175,6 @@ class TargetModel(AtomicInjection):
             }
             check_tensors(required, given, optional)
         return state_dict
-
-    def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the base weights, as PEFT's `merge_adapter`, in all layers or, on an error, in none.
-
-        Args:
-            adapter_names (`Optional[list[str]]`): The adapters to merge; the active ones if `None`.
-            safe_merge (`bool`, defaults to `False`): Refuse to merge what would not be finite.
-
-        Raises:
-            ValueError: If an adapter cannot be merged, or with `safe_merge` if a merged weight would not be finite.
-        """
-        self._check_merge(safe_merge, adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: Optional[list[str]] = None,
-    ) -> None:  # PEFT's annotation; it returns the model
-        if merge:
-            self._check_merge(safe_merge, adapter_names)
-        return super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
-
-    def _check_merge(self, safe_merge: bool, adapter_names: Optional[list[str]]) -> None:
-        for module in self.model.modules():
-            if isinstance(module, TargetLayer):
-                with onload_layer(module):
-                    module.check_merge(safe_merge, adapter_names)
-            elif safe_merge and isinstance(module, TrainableTokensLayer):
-                for name in adapter_names or module.active_adapters:
-                    delta = module.trainable_tokens_delta.get(name)
-                    if delta is not None and not torch.isfinite(delta).all():
-                        raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
 
 def _layer_class(config: TargetConfig, target: nn.Module, key: str) -> type[TargetLayer]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import RLock
 from typing import Any, Optional
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,6 +21,8 @@ from .layer import HyperAdaptLayer
 
 # Experts that hold (E, m, n) without saying so in `is_transposed`, as transformers' others do.
 _TRANSPOSED = {"Llama4TextExperts"}
+# A module's parameter is replaced for the time of a call, so calls from several threads take turns.
+_locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -85,6 +89,12 @@ class ParamWrapper(HyperAdaptLayer):
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         return self.base_parameter.device, self.base_parameter.dtype
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return super().forward(x, *args, **kwargs)
+        with _locks.setdefault(self.get_base_layer(), RLock()):
+            return super().forward(x, *args, **kwargs)
 
     def adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         row, column = self.active_offset(self.hyperadapt_row), self.active_offset(self.hyperadapt_column)

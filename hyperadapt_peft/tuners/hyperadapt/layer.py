@@ -202,7 +202,7 @@ class Linear(HyperAdaptLayer):
         if not args and not kwargs and can_fuse(self.base_layer, x, column, row):
             return scaled_linear(x, column, row, self.base_layer.weight, self.base_layer.bias, keep)  # type: ignore
         inputs = x if column is None else scale_input(x, column, self.channel_dims)
-        result = self.base_layer(inputs, *args, **kwargs)
+        result = self.base_forward(inputs, *args, **kwargs)
         if row is None:
             return result
         if self.quantization_backend is not None:

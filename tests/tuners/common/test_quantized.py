@@ -159,13 +159,10 @@ def test_train_save_load(path, quantization, config, batch, tmp_path):
     model.save_pretrained(tmp_path)
     fresh = PeftModel.from_pretrained(load(path, quantization), tmp_path).eval()
     assert torch.equal(logits(fresh, batch), trained)
-    # On CPUs with AVX512-BF16 a bare 4-bit model too gives other outputs once `state_dict()` was called after a forward
-    # pass in eval mode: bitsandbytes unpacks its weights wrongly. Saving does to the base just that.
-    bare = load(path, quantization)
-    logits(bare, batch)
-    bare.state_dict()
-    with model.disable_adapter():
-        assert torch.equal(logits(model, batch), logits(bare, batch))
+    with (
+        model.disable_adapter()
+    ):  # nor has saving changed it, as bitsandbytes' own does where it has packed a 4-bit weight
+        assert torch.equal(logits(model, batch), before)
 
 
 def test_merge_is_the_formula_and_unmerge_exact(path, quantization, config, batch):

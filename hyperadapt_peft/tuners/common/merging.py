@@ -1,0 +1,151 @@
+"""Merging all layers of a model, or none: from the inside out, and only where the merged model is the adapted one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple, Optional
+
+import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from torch import nn
+
+from .base_weight import check_finite, local
+from .layer import TargetLayer, modules_around_adapters
+
+
+class AtomicMerging(BaseTuner):
+    """A tuner that merges adapters in all layers or, on an error, in none, and only what the merged model can hold."""
+
+    def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base weights, as PEFT's `merge_adapter`, in all layers or, on an error, in none.
+
+        Args:
+            adapter_names (`Optional[list[str]]`): The adapters to merge; the active ones if `None`.
+            safe_merge (`bool`, defaults to `False`): Refuse to merge what would not be finite.
+
+        Raises:
+            ValueError: If an adapter or a base layer cannot be merged, another module shares a weight that would be
+                merged into, or with `safe_merge` if a merged weight would not be finite.
+        """
+        self._check_merge_allowed()
+        merge_layers(self.model, adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Optional[list[str]] = None,
+    ) -> None:  # PEFT's annotation; it returns the model
+        if merge:
+            check_merge(self.model, adapter_names, safe_merge)
+        return super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
+
+def merge_layers(model: nn.Module, adapter_names: Optional[list[str]], safe_merge: bool) -> None:
+    """Merge adapters in all tuner layers of a model, of whatever method, or on an error in none.
+
+    Raises:
+        ValueError: As `check_merge`, or if a weight does not keep what is merged into it.
+    """
+    check_merge(model, adapter_names, safe_merge)
+    layers = [module for module in modules_around_adapters(model) if isinstance(module, BaseTunerLayer)]
+    before = [list(layer.merged_adapters) for layer in layers]
+    try:
+        for layer in reversed(layers):  # what is inside a layer is part of the weight that the layer adapts
+            with onload_layer(layer):
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+    except Exception:
+        for layer, names in zip(layers, before, strict=True):
+            if layer.merged_adapters != names:
+                with onload_layer(layer):
+                    layer.unmerge()
+                    if names:
+                        layer.merge(adapter_names=names)
+        raise
+
+
+def check_merge(model: nn.Module, adapter_names: Optional[list[str]], safe_merge: bool) -> None:
+    """Raise the error that a merge would raise, and change nothing.
+
+    Raises:
+        ValueError: If an adapter cannot be merged into its layer, if the layer shares its weight with another module,
+            or with `safe_merge` if a merged weight would not be finite.
+    """
+    merging = []
+    for module in modules_around_adapters(model):
+        if isinstance(module, TargetLayer):
+            with onload_layer(module):
+                if module.check_merge(safe_merge, adapter_names):
+                    merging.append(module)
+        elif safe_merge and isinstance(module, TrainableTokensLayer):
+            for name in adapter_names or module.active_adapters:
+                if name in module.trainable_tokens_delta:
+                    check_finite(module.trainable_tokens_delta[name], [name])
+    _check_not_shared(model, merging)
+
+
+def _check_not_shared(model: nn.Module, layers: list[TargetLayer]) -> None:
+    """Raise ValueError if one of the layers has its weight in common with another module, adapted or not.
+
+    Merging into the one would change what the other computes. Quantized weights are replaced and not changed.
+    """
+    readers = defaultdict(list)
+    outermost = {}
+    for name, place, module in _places(model):
+        outermost[module] = name, place
+        for parameter in module._parameters.values():
+            if parameter is not None and (memory := _memory(parameter)):
+                readers[memory.storage].append((memory, name, place))
+    for layer in layers:
+        memory = _memory(layer.base_parameter) if layer.quantization_backend is None else None
+        if memory is None:
+            continue
+        name, place = outermost[layer]
+        for other_memory, other_name, other in readers[memory.storage]:
+            if other is not place and memory.start < other_memory.end and other_memory.start < memory.end:
+                raise ValueError(
+                    f"Cannot merge: {name} and {other_name} share one weight, so that merging an adapter of the one would "
+                    "change the other too. Use the adapter unmerged, or give each a weight of its own before adapting: "
+                    f"`{other_name}.weight = torch.nn.Parameter({other_name}.weight.detach().clone())`, and "
+                    "`tie_word_embeddings=False` in the model's config if these are its embeddings."
+                )
+
+
+class _Memory(NamedTuple):
+    storage: int
+    start: int
+    end: int
+
+
+def _memory(parameter: torch.Tensor) -> Optional[_Memory]:
+    """Return which memory a parameter is in, or None if it is in none of its own."""
+    tensor = local(parameter.data)
+    if type(tensor) is not torch.Tensor or tensor.is_meta or not tensor.numel():
+        return None
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return _Memory(tensor.untyped_storage().data_ptr(), start, start + (last + 1) * tensor.element_size())
+
+
+def _places(
+    module: nn.Module, name: str = "", place: Optional[nn.Module] = None
+) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Yield all modules as often as the model has them, but for adapters, with the outermost tuner layers around them.
+
+    A tuner layer and its base layer are one place in the model, with one name.
+    """
+    place = place or module
+    yield name, place, module
+    own = (*module.adapter_layer_names, *module.other_param_names) if isinstance(module, BaseTunerLayer) else ()
+    for child_name, child in module._modules.items():
+        if child is None or child_name in own:
+            continue
+        if isinstance(module, BaseTunerLayer) and child_name == "base_layer":
+            yield from _places(child, name, place)
+        else:
+            yield from _places(child, f"{name}.{child_name}" if name else child_name)
