@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, Optional, Union
 
 import torch
+from peft import NoMatchingPeftModuleError
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
@@ -71,6 +72,11 @@ class TargetModel(AtomicInjection, AtomicMerging):
             like = sorted({re.sub(r"\b\d+\b", "*", name) for name in refused if refused[name] == reason})
             warnings.warn(f"Not adapted, because {reason}: {', '.join(like)}")
         target_exactly(names - refused.keys(), config, model)
+        if not config.target_modules and not getattr(config, "target_parameters", None):
+            raise NoMatchingPeftModuleError(
+                "By default nothing of this model is adapted: all its linear layers, if it has any, are its head, "
+                "excluded, in other layers than asked for or not supported. Please specify `target_modules`."
+            )
 
     @classmethod
     def check(cls, config: TargetConfig, model: nn.Module) -> None:

@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 import textwrap
+import warnings
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from functools import cache
@@ -81,9 +82,16 @@ def save_heads(config: TargetConfig, model: nn.Module) -> None:
     """
     endings = (*(config.modules_to_save or ()), *_NEW_HEADS.get(config.task_type or "", ()))
     keys = [key for key, _ in outer_modules(model)]
-    saved = {key.rpartition(".")[2] for key in keys if endings and key.endswith(endings)}
+    wrapped = [key for key in keys if endings and key.endswith(endings)]
+    saved = {key.rpartition(".")[2] for key in wrapped}
     if config.task_type in _NEW_HEADS and config.format_version != 1:  # files of format 1 lack the others
-        saved |= {head for head in heads(model) if not any(key != head and key.endswith(head) for key in keys)}
+        for head in sorted(heads(model) - saved):
+            if any(key.endswith(head) for key in keys if key != head) or any(
+                k.startswith(f"{head}.") for k in wrapped
+            ):
+                warnings.warn(f"Not trained nor saved, because PEFT would wrap other modules or wrap twice: {head}")
+            else:
+                saved.add(head)
     if new := saved.difference(config.modules_to_save or ()):
         config.modules_to_save = [*(config.modules_to_save or ()), *sorted(new)]
 
