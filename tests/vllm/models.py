@@ -34,8 +34,9 @@ def save_model(kind, path):
     """Save a model whose matrices and biases all matter."""
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(CONFIGS[kind]())
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    for name, parameter in model.named_parameters():
+        norm = parameter.dim() == 1 and name.endswith("weight")
+        torch.nn.init.normal_(parameter, mean=float(norm), std=0.2)
     model.save_pretrained(path)
     return path
 

@@ -1,6 +1,9 @@
 """Requests with and without adapters, in one batch, get what transformers and PEFT give each alone."""
 
+import json
+
 import pytest
+import torch
 
 from .models import CONFIGS, alone, assert_equal, generate, request, save_adapter, save_model
 
@@ -14,18 +17,92 @@ ADAPTERS = (
 )
 
 
+def save_adapters(model, directory, count):
+    return [save_adapter(model, directory / f"{i}", seed=i, **ADAPTERS[i % len(ADAPTERS)]) for i in range(count)]
+
+
+def requests_for(adapters):
+    return [request(path.name, path, i) for i, path in enumerate(adapters, 1)]
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_mixed_batch(kind, start, tmp_path):
     model = save_model(kind, tmp_path / "model")
-    adapters = [
-        save_adapter(model, tmp_path / f"{i}", seed=i, **ADAPTERS[i % len(ADAPTERS)])
-        for i in range(8 if kind == "llama" else len(ADAPTERS))
-    ]
+    adapters = save_adapters(model, tmp_path, 8 if kind == "llama" else 5)
     expected = alone(model, [None, *adapters])
     engine = start(model, max_loras=8)
 
-    requests = [None, *(request(path.name, path, i) for i, path in enumerate(adapters, 1))]
-    results = generate(engine, requests)
+    results = generate(engine, [None, *requests_for(adapters)])
 
     assert len({tuple(tokens) for _, _, tokens, _ in results}) > len(results) / 2  # the adapters do matter
     assert_equal(results, expected)
+
+
+def test_more_adapters_than_slots(start, tmp_path):
+    model = save_model("qwen2", tmp_path / "model")
+    adapters = save_adapters(model, tmp_path, 6)
+    expected = alone(model, [None, *adapters])
+    requests = [None, *requests_for(adapters)]
+    engine = start(model, max_loras=2, max_cpu_loras=3)
+
+    assert_equal(generate(engine, requests), expected)
+    assert_equal(generate(engine, requests[::-1]), expected)
+
+
+def test_alpha_and_the_first_format(start, tmp_path):
+    model = save_model("qwen2", tmp_path / "model")
+    old, new = (save_adapter(model, tmp_path / name, alpha=alpha) for name, alpha in (("old", 1.0), ("new", 2.0)))
+    config = json.loads((old / "adapter_config.json").read_text())
+    del config["alpha"]
+    (old / "adapter_config.json").write_text(json.dumps({**config, "format_version": 1}))
+    expected = alone(model, [old, new])
+    engine = start(model)
+
+    assert_equal(generate(engine, requests_for([old, new])), expected)
+
+
+def test_prefix_cache_never_crosses_adapters(start, tmp_path):
+    model = save_model("qwen2", tmp_path / "model")
+    adapters = save_adapters(model, tmp_path, 2)
+    prompt = [3 + i % 50 for i in range(40)]
+    expected = alone(model, [None, *adapters], [prompt])
+    engine = start(model, enable_prefix_caching=True, block_size=16)
+
+    first = [generate(engine, [adapter], [prompt]) for adapter in [None, *requests_for(adapters)]]
+    again = [generate(engine, [adapter], [prompt]) for adapter in [None, *requests_for(adapters)]]
+
+    for results in (*first, *again):
+        assert_equal(results, expected)
+    hits = {metric.name: metric for metric in engine.get_metrics()} if hasattr(engine, "get_metrics") else {}
+    assert not hits or hits["vllm:prefix_cache_hits"].value > 0
+
+
+def test_bfloat16_is_as_near_as_the_base(start, tmp_path):
+    model = save_model("llama", tmp_path / "model")
+    adapters = save_adapters(model, tmp_path, 3)
+    expected = alone(model, [None, *adapters])
+    engine = start(model, dtype="bfloat16")
+
+    first = {
+        (path, tuple(prompt)): (tokens[0], logprobs[0])
+        for path, prompt, tokens, logprobs in generate(engine, [None, *requests_for(adapters)])
+    }
+
+    def distance(adapter, prompt):
+        token, logprob = first[adapter, prompt]
+        return abs(logprob - expected[adapter, prompt][1][0]) if token == expected[adapter, prompt][0][0] else 0.0
+
+    base = max(distance(*key) for key in first if key[0] is None)
+    assert max(distance(*key) for key in first) < max(5 * base, torch.tensor(0.1))
+
+
+def test_compiled_once(start, tmp_path):
+    model = save_model("qwen2", tmp_path / "model")
+    adapters = save_adapters(model, tmp_path, 3)
+    expected = alone(model, [None, *adapters])
+    engine = start(model, max_loras=2, enforce_eager=False)
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    for adapter in [None, *requests_for(adapters)]:
+        assert_equal(generate(engine, [adapter]), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled > 0

@@ -162,10 +162,11 @@ def read_offsets(adapter: str, path: str) -> Offsets:
         )
     offsets: Offsets = {}
     for key, tensor in tensors.items():
-        module, _, side = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".hyperadapt_")
+        key = key.removeprefix("base_model.model.")
+        module, _, side = key.removesuffix(".weight").rpartition(".hyperadapt_")
         if side not in ("row", "column"):
             raise ValueError(f"The adapter {adapter} cannot be served: {key} is not a scale of rows or columns.")
-        offsets.setdefault(module, {})[side] = tensor.float() * getattr(config, "alpha", 1.0)
+        offsets.setdefault(module, {})[side] = tensor.float() * config.alpha
     if not offsets:
         raise ValueError(f"The adapter {adapter} cannot be served: its file has no scales.")
     return offsets
