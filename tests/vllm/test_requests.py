@@ -66,7 +66,7 @@ def test_prefix_cache_never_crosses_adapters(start, tmp_path):
     adapters = save_adapters(model, tmp_path, 2)
     prompt = [3 + i % 50 for i in range(40)]
     expected = alone(model, [None, *adapters], [prompt])
-    engine = start(model, enable_prefix_caching=True, block_size=16)
+    engine = start(model, enable_prefix_caching=True, block_size=32)
 
     first = [generate(engine, [adapter], [prompt]) for adapter in [None, *requests_for(adapters)]]
     again = [generate(engine, [adapter], [prompt]) for adapter in [None, *requests_for(adapters)]]
