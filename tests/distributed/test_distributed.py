@@ -19,7 +19,7 @@ from hyperadapt_cli import main
 from tests import tiny
 from tests.cli.conftest import save_tokenizer, write_rows
 
-from .training import CONFIGS, TUNERS, launch_environment, train
+from .training import CLI_TUNERS, CONFIGS, TUNERS, launch_environment, train
 
 
 ROOT = Path(__file__).parents[2]
@@ -178,11 +178,12 @@ def test_grouping_by_length_gives_every_row_to_one_process(two_processes):
 
 
 def test_the_command_line_in_two_processes(two_processes, recipe, tmp_path):
-    assert json.loads((two_processes / "codes.json").read_text()) == [0, 2, 0, 2]  # the directory is taken; FSDP
+    codes = json.loads((two_processes / "codes.json").read_text())
+    assert codes == [0, 2, 0, 0, 0, 2]  # the directory is taken; FSDP cannot evaluate before it trains
     printed = (two_processes / "stdout").read_text()
-    assert printed.count("test accuracy before") == 2  # one table per run
-    changes = [f"training.output_dir={tmp_path}", "training.per_device_train_batch_size=8"]
-    assert main(["train", str(recipe), *changes]) == 0
+    assert printed.count("test accuracy after") == 4  # one table per run
+    options = ["training.per_device_train_batch_size=8", "--verify"]
+    assert main(["train", str(recipe), f"training.output_dir={tmp_path}", *options]) == 0
     found = two_processes / "recipe-ddp"
     assert sorted(file.name for file in found.iterdir()) == ["adapter", "metrics.json"]
     one, two = (json.loads((path / "metrics.json").read_text()) for path in (tmp_path, found))
@@ -195,9 +196,30 @@ def test_the_command_line_in_two_processes(two_processes, recipe, tmp_path):
     assert_equal(found / "adapter", load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
 
 
+@pytest.mark.parametrize("name", CLI_TUNERS)
+def test_the_command_line_under_fsdp2_trains_and_saves_what_one_process_does(two_processes, recipe, tmp_path, name):
+    changes = [
+        f"training.output_dir={tmp_path}",
+        "training.per_device_train_batch_size=8",
+        f"tuner={CLI_TUNERS[name]}",
+    ]
+    assert main(["train", str(recipe), *changes]) == 0
+    found = two_processes / f"recipe-fsdp2-{name}"
+    assert sorted(file.name for file in found.iterdir()) == ["adapter", "metrics.json"]
+    assert not (found / "adapter" / "training_args.bin").exists()
+    assert_equal(found / "adapter", load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    one, two = (json.loads((path / "metrics.json").read_text()) for path in (tmp_path, found))
+    ddp = json.loads((two_processes / "recipe-ddp" / "metrics.json").read_text())
+    if name == "hyperadapt":  # the Trainer averages the loss over each process's batches, so one process has another
+        assert two["after"]["test"]["loss"] == pytest.approx(ddp["after"]["test"]["loss"], rel=1e-3)
+    assert two["after"]["test"]["accuracy"] == one["after"]["test"]["accuracy"]
+    for key in ("steps", "parameters", "labels", "adapter_bytes"):
+        assert two[key] == one[key]
+
+
 def test_accelerate_launches_the_command_line(recipe, tmp_path):
     config = str(CONFIGS / "ddp.yaml")
     changes = ["training.max_steps=2", f"training.output_dir={tmp_path}"]
     printed = run(*LAUNCH, "--config_file", config, "-m", "hyperadapt_peft", "train", str(recipe), *changes)
-    assert printed.count("test accuracy before") == 1
+    assert printed.count("test accuracy after") == 1
     assert json.loads((tmp_path / "metrics.json").read_text())["steps"] == 2

@@ -15,6 +15,7 @@ from hyperadapt_peft import HyperAdaptConfig, SurmConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
 TUNERS = {"hyperadapt": HyperAdaptConfig, "surm": SurmConfig}
+CLI_TUNERS = {"hyperadapt": "{peft_type: HYPERADAPT}", "lora": "{peft_type: LORA, r: 2}"}  # of recipes
 STEPS, GLOBAL_BATCH = 20, 8
 
 

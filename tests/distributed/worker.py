@@ -29,7 +29,7 @@ from hyperadapt_peft.cli import train as cli
 from hyperadapt_peft.cli.tasks import EncodedData
 from tests import tiny
 
-from .training import TUNERS, launch_environment, train
+from .training import CLI_TUNERS, TUNERS, launch_environment, train
 
 
 def fsdp_on_cpu():
@@ -157,11 +157,14 @@ def order(directory: Path) -> None:
 def command_line(directory: Path) -> None:
     """`hyperadapt train` of a recipe that the test wrote: under DDP, once more, from the start; under FSDP2."""
     path = str(directory / "recipe.yaml")
-    ddp, fsdp2 = (f"training.output_dir={directory / name}" for name in ("recipe-ddp", "recipe-fsdp2"))
+    ddp = f"training.output_dir={directory / 'recipe-ddp'}"
     codes = [hyperadapt(["train", path, ddp, "training.max_steps=2"]), hyperadapt(["train", path, ddp])]
-    codes.append(hyperadapt(["train", path, ddp, "--overwrite"]))
+    codes.append(hyperadapt(["train", path, ddp, "--overwrite", "--verify"]))
     with mock.patch.dict(os.environ, launch_environment("fsdp2")):
-        codes.append(hyperadapt(["train", path, fsdp2]))
+        for name, tuner in CLI_TUNERS.items():
+            fsdp2 = f"training.output_dir={directory / f'recipe-fsdp2-{name}'}"
+            codes.append(hyperadapt(["train", path, fsdp2, f"tuner={tuner}"]))
+        codes.append(hyperadapt(["train", path, f"training.output_dir={directory / 'verified'}", "--verify"]))
     write(directory / "codes.json", codes)
 
 
@@ -170,9 +173,11 @@ def write(path: Path, content) -> None:
         path.write_text(json.dumps(content))
 
 
+PARTS = (engines, fsdp1, meshes, order, command_line, deepspeed)
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     with fsdp_on_cpu():
-        for part in (engines, fsdp1, meshes, order, command_line, deepspeed):
+        for part in PARTS:
             part(Path(sys.argv[1]))
     dist.destroy_process_group()
