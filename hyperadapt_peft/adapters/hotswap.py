@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -12,7 +12,13 @@ from peft.utils import load_peft_weights
 from ..tuners.common.loading import check_tensors, config_differences
 
 
-def hotswap_adapter(model: PeftModel, model_name_or_path: str, adapter_name: str = "default", **kwargs: Any) -> None:
+def hotswap_adapter(
+    model: PeftModel,
+    model_name_or_path: str,
+    adapter_name: str = "default",
+    torch_device: Optional[str] = None,
+    **kwargs: Any,
+) -> None:
     """Put the values of a saved adapter in the place of a loaded one. PEFT's function of this name is for LoRA only.
 
     No tensor is replaced, only its values, so a model from `torch.compile` needs no recompilation. The new adapter must
@@ -22,6 +28,8 @@ def hotswap_adapter(model: PeftModel, model_name_or_path: str, adapter_name: str
         model (`PeftModel`): The model with the loaded adapter, possibly compiled.
         model_name_or_path (`str`): The directory or Hub id of the new adapter.
         adapter_name (`str`, defaults to `"default"`): The adapter whose values are replaced.
+        torch_device (`Optional[str]`):
+            The device to read the file to, the CPU if `None`; the values are checked there before they are copied.
         **kwargs: `revision`, `subfolder`, `token`, `cache_dir`, ... for loading.
 
     Raises:
@@ -38,7 +46,7 @@ def hotswap_adapter(model: PeftModel, model_name_or_path: str, adapter_name: str
     for key, (old_value, new_value) in config_differences(model.peft_config[adapter_name], new).items():
         raise ValueError(f"The new adapter has {key}={new_value!r} where the loaded one has {old_value!r}.")
     current = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    loaded = load_peft_weights(model_name_or_path, device="cpu", **kwargs)
+    loaded = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
     check_tensors(current, loaded)
     with torch.no_grad():
         for key, tensor in current.items():

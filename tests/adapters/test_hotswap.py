@@ -53,7 +53,8 @@ def test_the_new_adapter_s_outputs_without_recompiling(saved):
         count = len(compilations)
         hotswap_adapter(compiled, path / "2")
         assert torch.equal(compiled(X), second)
-        hotswap_adapter(compiled, path / "1")
+        hotswap_adapter(compiled, path / "1", "default", "cpu")  # PEFT's order: `torch_device` is its fourth
+        hotswap_adapter(compiled, path / "1", torch_device="cpu")
         assert torch.equal(compiled(X), first)
         assert len(compilations) == count > 0
         model.load_adapter(path / "2", "other")

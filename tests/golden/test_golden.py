@@ -36,7 +36,7 @@ def test_the_outputs_are_what_they_were(path):
 @pytest.mark.parametrize(
     "version, message",
     [
-        (FORMAT_VERSION + 1, f"reads versions up to {FORMAT_VERSION}. Upgrade it"),
+        (FORMAT_VERSION + 1, f"reads versions up to {FORMAT_VERSION}. Install a newer one"),
         ("1", "must be a positive int, not '1'"),
         (0, "must be a positive int, not 0"),
         (True, "must be a positive int, not True"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union, cast
 
 from peft.config import PeftConfig
+from peft.tuners._buffer_dict import BufferDict
 from peft.utils import PeftType
 from torch import nn
 
@@ -204,16 +205,26 @@ def integers(value: Any, name: str) -> None:
         raise ValueError(f"`{name}` must have no negative or huge indices, not {value!r}.")
 
 
-def check_adapter_name(name: Any) -> None:
+def check_adapter_name(name: Any, taken: Collection[str]) -> None:
     """Check that an adapter can have this name: modules are called so, and `save_pretrained` makes a directory of it.
+
+    Args:
+        name: The adapter's name.
+        taken: The names of modules and parameters that PEFT would confuse it with.
 
     Raises:
         TypeError: If it is not a str.
         ValueError: If it is not the name of one directory or module, or means something else already.
     """
     instance_of(name, "adapter_name", str)
-    if not name or set(name) & set("./\\:\0") or hasattr(nn.ModuleDict(), name) or name == "__base__":
+    containers = (nn.ModuleDict(), nn.ParameterDict(), BufferDict())
+    if not name or set(name) & set("./\\:\0") or name == "__base__" or any(name in dir(c) for c in containers):
         raise ValueError(
             f"An adapter cannot be called {name!r}: a directory and a module get its name, so it must not be empty, hold "
             "any of . / \\ : or be the name of an attribute of torch.nn.ModuleDict; '__base__' means no adapter."
+        )
+    if name in taken:
+        raise ValueError(
+            f"An adapter cannot be called {name!r}: a module or parameter of the model is, and PEFT tells what belongs to "
+            "an adapter by its name."
         )

@@ -8,16 +8,19 @@ from typing import Any, Optional, cast
 
 import torch
 from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import (
     BaseTuner,
+    BaseTunerLayer,
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
 )
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils import PeftType
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
 from .config import TargetConfig, check_adapter_name
-from .layer import TargetLayer
+from .layer import TargetLayer, modules_around_adapters
 
 
 Tensors = dict[str, torch.Tensor]
@@ -132,10 +135,12 @@ class AtomicInjection(BaseTuner):
 
         Raises:
             TypeError: If the adapter's name is not a str.
-            ValueError: If the name cannot be a module's or a directory's, or the config does not fit the model.
+            ValueError: If the name is taken or cannot be a module's or a directory's, or the config does not fit the model.
         """
-        check_adapter_name(adapter_name)
         config = self.peft_config[adapter_name]
+        check_adapter_name(
+            adapter_name, taken_names(model, PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)].tuner_layer_cls)
+        )
         if isinstance(config, TargetConfig) and config.trainable_before is not None:
             config.trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
         try:
@@ -143,6 +148,19 @@ class AtomicInjection(BaseTuner):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except IndexError as exc:
             raise ValueError(f"`trainable_token_indices` has a token that the embedding has not: {exc}") from exc
+
+
+def taken_names(model: nn.Module, layer_cls: type[BaseTunerLayer]) -> set[str]:
+    """Return the names that PEFT would confuse with an adapter's: of the model's modules and parameters, and its own."""
+    names, adapters = {"base_layer", "original_module"}, set()
+    for cls in (layer_cls, ModulesToSaveWrapper, TrainableTokensWrapper):
+        for name in (*cls.adapter_layer_names, *cls.other_param_names):
+            names.update(name.split("."))
+    for module in modules_around_adapters(model):
+        names |= module._modules.keys() | module._parameters.keys() | module._buffers.keys()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            adapters |= module._get_available_adapters()
+    return names - adapters
 
 
 @contextmanager

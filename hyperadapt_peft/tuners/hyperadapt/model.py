@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..common import TargetModel
 from ..common.config import check_adapter_name
 from ..common.experts import fused_targets, targeted_parameters, without_wrappers
+from ..common.loading import taken_names
 from ..common.targets import outer_modules, target_exactly
 from . import algebra
 from .config import HyperAdaptConfig
@@ -172,7 +173,7 @@ class HyperAdaptModel(TargetModel):
         self, adapters: list[str], adapter_name: str, combine: Callable[[list[algebra.Offsets]], algebra.Offsets]
     ) -> None:
         self._check_adapters(adapters)
-        check_adapter_name(adapter_name)
+        check_adapter_name(adapter_name, taken_names(self.model, self.tuner_layer_cls))
         if adapter_name in self.peft_config:
             raise ValueError(f"There is already an adapter called {adapter_name}.")
         configs = cast(list[HyperAdaptConfig], [self.peft_config[name] for name in adapters])
