@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import nn
@@ -100,59 +100,52 @@ class Linear(SurmLayer):
     """
 
     def adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        result = self.base_forward(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.surm_config]
         for name in sorted(names, key=lambda name: self.surm_config[name].placement == "sequential"):
-            a, b = self.gain(name) * self.surm_A[name](), self.surm_B[name]()
             bias = self.surm_bias[name]() if name in self.surm_bias else None
-            result = self.add_update(result, x, name, a, b, bias, self.scaling[name])
+            factors = self.gain(name) * self.surm_A[name](), self.surm_B[name](), bias, self.scaling[name]
+            result = self.add_update(result, x, name, factors)
         return result
 
     def mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: BatchNames, **kwargs: Any
     ) -> torch.Tensor:
-        result = self.base_forward(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
         kinds = defaultdict(list)
         for name in filter(self.has_adapter, adapter_names.unique):
             config = self.surm_config[name]
             kinds[config.placement, self.surm_structure[name], config.surm_dropout].append(name)
         for names in kinds.values():  # one product of all samples, with zeros for those of other kinds
             key = self, names[0]
-            factors = adapter_names.memo.get(key) or self.batch_factors(names, adapter_names)
+            factors = adapter_names.memo.get(key) or self.batch_factors(names, adapter_names, x.dim())
             if not torch.is_grad_enabled():
                 adapter_names.memo[key] = factors
-            a, b, bias, strength = factors
-            if bias is not None:
-                bias, strength = (t.reshape(-1, *(1,) * (x.dim() - 2), t.shape[-1]) for t in (bias, strength))
-            result = self.add_update(result, x, names[0], a, b, bias, strength)
+            result = self.add_update(result, x, names[0], factors)
         return result
 
-    def batch_factors(self, names: list[str], adapter_names: BatchNames) -> tuple:
-        """Return gain A, B, the bias and the strength of each sample, (batch, ...), zero where its name is another."""
+    def batch_factors(self, names: list[str], adapter_names: BatchNames, dims: int) -> tuple:
+        """Return what `add_update` takes, a row for each sample, of zeros where its name is another."""
         unique = [name if name in names else BASE for name in adapter_names.unique]
-
-        def table(values: Callable[[str], float]) -> torch.Tensor:
-            numbers = tuple(0.0 if name == BASE else values(name) for name in unique)
-            return adapter_names.tensor(numbers, b.dtype, b.device)
-
         parts: list[Any] = [stack_weights(part, unique) for part in (self.surm_A, self.surm_B, self.surm_bias)]
         a, b, bias = parts
-        a = a * table(self.gain).reshape(-1, *(1,) * (a.dim() - 1))
-        tensors = (a, b) if bias is None else (a, b, bias, table(self.scaling.__getitem__)[:, None])
-        a, b, *rest = map(adapter_names.gather, tensors)
-        return a, b, *(rest or (None, None))
 
-    def add_update(
-        self,
-        result: torch.Tensor,
-        x: torch.Tensor,
-        adapter_name: str,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        bias: Optional[torch.Tensor],
-        strength: Union[float, torch.Tensor],
-    ) -> torch.Tensor:
-        """Return the output `result` for the input `x` with an update of the kind of an adapter, in its dtype."""
+        def table(values: Callable[[str], float], dims: int) -> torch.Tensor:
+            numbers = tuple(0.0 if name == BASE else values(name) for name in unique)
+            return adapter_names.tensor(numbers, a.dtype, a.device).reshape(-1, *(1,) * (dims - 1))
+
+        a, b = adapter_names.gather(a * table(self.gain, a.dim())), adapter_names.gather(b)
+        if bias is None:
+            return a, b, None, 1.0
+        bias = bias.reshape(len(unique), *(1,) * (dims - 2), -1)
+        return a, b, adapter_names.gather(bias), adapter_names.gather(table(self.scaling.__getitem__, dims))
+
+    def add_update(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str, factors: tuple) -> torch.Tensor:
+        """Return the output `result` for the input `x` with an update of an adapter's kind, in its dtype.
+
+        `factors` are A times its gain, B, and for sequential adapters the bias and the strength; or a batch of each.
+        """
+        a, b, bias, strength = factors
         inputs = self.surm_dropout[adapter_name](x if bias is None else result)
         update = self.surm_structure[adapter_name].matmul(inputs, a, b, self.out_features)
         if bias is not None:

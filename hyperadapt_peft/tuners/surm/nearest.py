@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .structures import LDR, Circulant, Kronecker, Structure, Toeplitz
 from .structures.convolution import diagonals_to_dense
@@ -39,7 +38,7 @@ class Nearest(NamedTuple):
 
 
 @torch.no_grad()
-def nearest(matrix: Tensor, structure: Structure, steps: int = 200, progress: bool = False) -> Nearest:
+def nearest(matrix: Tensor, structure: Structure, steps: int = 200) -> Nearest:
     """Return the nearest matrix of a structure to a dense one, computed in float64.
 
     Args:
@@ -47,7 +46,6 @@ def nearest(matrix: Tensor, structure: Structure, steps: int = 200, progress: bo
         structure (`Structure`): Of `structures`.
         steps (`int`, defaults to 200):
             The most descent steps where there is no closed form (Toeplitz product, LDR); 0 keeps the starting point.
-        progress (`bool`, defaults to `False`): Show a bar for them.
 
     Returns:
         `Nearest`: In the dtype of `matrix`, in float32 at least.
@@ -60,17 +58,16 @@ def nearest(matrix: Tensor, structure: Structure, steps: int = 200, progress: bo
     if not matrix.isfinite().all():
         raise ValueError("the matrix is not finite")
     target = matrix.detach().double()
-    with tqdm(total=steps, desc=f"nearest {structure}", disable=not progress) as bar:
-        match structure:
-            case Circulant():
-                a = _circulant(target)
-                b = torch.ones_like(a)
-            case Toeplitz():
-                a, b = _toeplitz_product(target, structure, steps, bar)
-            case Kronecker():
-                a, b = _kronecker(target)
-            case LDR():
-                a, b = _ldr(target, structure, steps, bar)
+    match structure:
+        case Circulant():
+            a = _circulant(target)
+            b = torch.ones_like(a)
+        case Toeplitz():
+            a, b = _toeplitz_product(target, structure, steps)
+        case Kronecker():
+            a, b = _kronecker(target)
+        case LDR():
+            a, b = _ldr(target, structure, steps)
     dense = structure.dense(a, b, *matrix.shape)
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     return Nearest((a.to(dtype), b.to(dtype)), dense.to(dtype), _error(dense, target))
@@ -81,12 +78,10 @@ def _error(dense: Tensor, target: Tensor) -> float:
     return (dense - target).norm().item() / norm if norm else 0.0
 
 
-def _mean_by(groups: Tensor, target: Tensor, count: int) -> Tensor:
-    """The mean of the entries of each group (count,)."""
-    sums = torch.zeros(count, dtype=target.dtype, device=target.device).index_add_(
-        0, groups.flatten(), target.flatten()
-    )
-    return sums / torch.bincount(groups.flatten(), minlength=count)
+def _mean_by(groups: Tensor, target: Tensor) -> Tensor:
+    """The mean of the entries of each group."""
+    groups = groups.flatten()
+    return torch.bincount(groups, weights=target.flatten()) / torch.bincount(groups)
 
 
 def _offsets(target: Tensor) -> Tensor:
@@ -97,16 +92,13 @@ def _offsets(target: Tensor) -> Tensor:
 
 def _circulant(target: Tensor) -> Tensor:
     """The first column (max(out, in),) of the nearest circulant matrix."""
-    n = max(target.shape)
-    return _mean_by(_offsets(target) % n, target, n)
+    return _mean_by(_offsets(target) % max(target.shape), target)
 
 
 def _toeplitz(target: Tensor, symmetric: bool) -> Tensor:
     """The nearest single Toeplitz matrix, as the factor B of a product."""
-    out_features, in_features = target.shape
-    if symmetric:
-        return _mean_by(_offsets(target).abs(), target, max(out_features, in_features))
-    return _mean_by(_offsets(target) + in_features - 1, target, out_features + in_features - 1)
+    offsets = _offsets(target)
+    return _mean_by(offsets.abs() if symmetric else offsets + target.shape[1] - 1, target)
 
 
 def _kronecker(target: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +111,7 @@ def _kronecker(target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _descend(
-    structure: Structure, factors: tuple[Tensor, Tensor], target: Tensor, steps: int, bar: tqdm
+    structure: Structure, factors: tuple[Tensor, Tensor], target: Tensor, steps: int
 ) -> tuple[Tensor, Tensor]:
     """L-BFGS on the squared error; the best point seen, the start included."""
     scale = target.norm().item() or 1.0
@@ -138,7 +130,6 @@ def _descend(
         loss.backward()
         if loss.item() < best:
             best, kept = loss.item(), (trained[0].detach().clone(), trained[1].detach().clone())
-        bar.update()
         return loss
 
     if steps:
@@ -147,11 +138,11 @@ def _descend(
     return kept
 
 
-def _toeplitz_product(target: Tensor, structure: Toeplitz, steps: int, bar: tqdm) -> tuple[Tensor, Tensor]:
+def _toeplitz_product(target: Tensor, structure: Toeplitz, steps: int) -> tuple[Tensor, Tensor]:
     """Start at the nearest single Toeplitz matrix times the identity."""
     identity = target.new_zeros(structure.factor_shapes(*target.shape)[0])
     identity[0 if structure.symmetric else target.shape[1] - 1] = 1
-    return _descend(structure, (identity, _toeplitz(target, structure.symmetric)), target, steps, bar)
+    return _descend(structure, (identity, _toeplitz(target, structure.symmetric)), target, steps)
 
 
 def displacement(matrix: Tensor) -> Tensor:
@@ -174,7 +165,7 @@ def _balance(circulant: Tensor, skew: Tensor) -> tuple[Tensor, Tensor]:
     return (q1 @ left * values.sqrt()).T, (q2 @ right.T * values.sqrt()).T
 
 
-def _ldr(target: Tensor, structure: LDR, steps: int, bar: tqdm) -> tuple[Tensor, Tensor]:
+def _ldr(target: Tensor, structure: LDR, steps: int) -> tuple[Tensor, Tensor]:
     out_features, in_features = target.shape
     n = max(out_features, in_features)
     padded = target.new_zeros(n, n)
@@ -199,16 +190,16 @@ def _ldr(target: Tensor, structure: LDR, steps: int, bar: tqdm) -> tuple[Tensor,
 
     candidates = list(starts)
     if steps and min(map(error, starts)) > 1e-12:
-        candidates += [_alternate(start, target, steps // 2, bar) for start in starts]
+        candidates += [_alternate(start, target, steps // 2) for start in starts]
         if out_features != in_features:
-            candidates.append(_descend(LDR(rank), min(candidates, key=error), target, steps, bar))
+            candidates.append(_descend(LDR(rank), min(candidates, key=error), target, steps))
     a, b = _balance(*min(candidates, key=error))
     zeros = target.new_zeros(structure.rank - rank, n)
     return torch.cat([a, zeros]), torch.cat([b, zeros])
 
 
 def _alternate(
-    start: tuple[Tensor, Tensor], target: Tensor, sweeps: int, bar: tqdm, tolerance: float = 1e-7
+    start: tuple[Tensor, Tensor], target: Tensor, sweeps: int, tolerance: float = 1e-7
 ) -> tuple[Tensor, Tensor]:
     """Alternating least squares for LDR in Fourier space; the entries outside a rectangular target are free.
 
@@ -243,7 +234,6 @@ def _alternate(
     padded = target.new_zeros(n, n)
     previous = math.inf
     for _ in range(sweeps):
-        bar.update()
         if (out_features, in_features) != (n, n):  # what is not observed is what the current factors say
             padded = from_fourier((left @ right.T) / eigenvalues)
         padded[:out_features, :in_features] = target

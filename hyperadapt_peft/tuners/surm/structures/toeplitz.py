@@ -32,12 +32,9 @@ class Toeplitz(Structure):
         return self._single(b, out_features, in_features) @ self._single(a, in_features, in_features)
 
     def dense_matmul(self, x: Tensor, a: Tensor, b: Tensor, out_features: int) -> Tensor:
-        in_features = x.shape[-1]  # two GEMMs keep the cost of one token at n^2
-        return (
-            x
-            @ self._single(a, in_features, in_features).transpose(-2, -1)
-            @ self._single(b, out_features, in_features).transpose(-2, -1)
-        )
+        for t, rows in ((a, x.shape[-1]), (b, out_features)):  # two GEMMs keep the cost of one token at n^2
+            x = x @ self._single(t, rows, x.shape[-1]).transpose(-2, -1)
+        return x
 
     def fft_matmul(self, x: Tensor, a: Tensor, b: Tensor, out_features: int) -> Tensor:
         return self._single_fft(self._single_fft(x, a, x.shape[-1]), b, out_features)
