@@ -208,11 +208,18 @@ class Linear(HyperAdaptLayer):
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         nested = isinstance(self.base_layer, BaseTunerLayer)  # it may drop out at random
+
+        def again(inputs: torch.Tensor) -> torch.Tensor:
+            if self.quantization_backend is not None:
+                # for an input without gradient bitsandbytes may pack the weight, which this backward still needs as it is
+                inputs = inputs.detach().requires_grad_()
+            return self.base_layer(inputs, *args, **kwargs)
+
         return scale_output(
             result,
             row,
             bias=self.base_bias(result, x, *args, **kwargs),
-            again=None if nested else lambda inputs: self.base_layer(inputs, *args, **kwargs),
+            again=None if nested else again,
             inputs=(x, column),
             channel_dims=self.channel_dims,
             in_place=type(self.base_layer) in FRESH and not self.base_layer._forward_hooks,

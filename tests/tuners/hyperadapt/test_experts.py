@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -486,6 +487,41 @@ def test_mixed_batches_are_refused_where_experts_are_adapted():
 
 def test_no_conversion_to_lora():
     assert not adapted().supports_lora_conversion()
+
+
+def test_calls_from_several_threads_take_turns(name):
+    """A module's parameter is replaced during a call: another thread's call saw the wrong one, or scaled it again."""
+    model = adapted(name)
+    batches = [torch.randint(3, 32, (2, 6), generator=torch.Generator().manual_seed(i)) for i in range(32)]
+
+    def call(ids):
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+
+    expected = [call(ids) for ids in batches]
+    with ThreadPoolExecutor(4) as threads:
+        got = list(threads.map(call, batches))
+    assert sum(not torch.equal(out, want) for out, want in zip(got, expected, strict=True)) == 0
+
+
+def test_training_in_several_threads_gives_the_same_gradients():
+    """With checkpointing backward calls the experts again, in autograd's own threads."""
+    model = adapted().train()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    batches = [torch.randint(3, 32, (2, 6), generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(ids):
+        return torch.autograd.grad(model(input_ids=ids, labels=ids).loss, parameters, allow_unused=True)
+
+    expected = [gradients(ids) for ids in batches]
+    with ThreadPoolExecutor(4) as threads:
+        got = list(threads.map(gradients, batches))
+    for one, other in zip(got, expected, strict=True):
+        for grad, want in zip(one, other, strict=True):
+            assert (grad is None) == (want is None)
+            assert grad is None or torch.equal(grad, want)
 
 
 # Other parameters, and what is refused
