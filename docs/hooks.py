@@ -199,11 +199,17 @@ def include(name: str) -> str:
     return re.sub(r"\[([^]]+)\]\((?!https?:)[^)]*\)", r"`\1`", text)
 
 
+def patches() -> str:
+    """The table of what importing changes, from the docstring of the room that does it."""
+    tree = ast.parse((ROOT / "hyperadapt_peft" / "integrations" / "__init__.py").read_text())
+    return "\n".join(line for line in (ast.get_docstring(tree) or "").splitlines() if line.startswith("|"))
+
+
 def command_line() -> str:
     """The help of every command."""
     shown = []
-    for command in ("", "train", "compare", "bench", "plan", "inspect"):
-        line = [sys.executable, "-m", "hyperadapt_peft", *([command] if command else []), "--help"]
+    for command in ("", "train", "compare", "bench", "plan", "inspect", "run"):
+        line = [sys.executable, "-m", "hyperadapt_cli", *([command] if command else []), "--help"]
         done = subprocess.run(
             line, capture_output=True, text=True, check=True, cwd=ROOT, env=os.environ | {"COLUMNS": "100"}
         )
@@ -214,7 +220,7 @@ def command_line() -> str:
 FUNCTIONS = {
     function.__name__: function
     for function in (
-        approximation, bench, command_line, comparison, conformance, forgetting, fuzz, include, mixed_batch, paired, ranks,
-        skips, sweep, value, versions,
+        approximation, bench, command_line, comparison, conformance, forgetting, fuzz, include, mixed_batch, paired, patches,
+        ranks, skips, sweep, value, versions,
     )
 }  # fmt: skip
