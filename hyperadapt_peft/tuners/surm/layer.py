@@ -100,7 +100,7 @@ class Linear(SurmLayer):
     """
 
     def adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        result = self.base_layer(x, *args, **kwargs)
+        result = self.base_forward(x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.surm_config]
         for name in sorted(names, key=lambda name: self.surm_config[name].placement == "sequential"):
             bias = self.surm_bias[name]() if name in self.surm_bias else None
@@ -111,7 +111,7 @@ class Linear(SurmLayer):
     def mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: BatchNames, **kwargs: Any
     ) -> torch.Tensor:
-        result = self.base_layer(x, *args, **kwargs)
+        result = self.base_forward(x, *args, **kwargs)
         kinds = defaultdict(list)
         for name in filter(self.has_adapter, adapter_names.unique):
             config = self.surm_config[name]
