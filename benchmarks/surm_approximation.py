@@ -3,11 +3,11 @@
     python benchmarks/surm_approximation.py
 
 Targets: 100 x 100 random, near-low-rank and near-low-intrinsic-rank matrices, and 50 x 50 positive semidefinite ones
-approximated with 50 numbers (Kronecker has none smaller than 100), after https://huggingface.co/papers/2406.17740.
+approximated with 50 parameters (Kronecker has none smaller than 100), after https://huggingface.co/papers/2406.17740.
 The paper's exact sampling is not known to us; ours is in `TARGETS`. The order on the positive semidefinite targets is
-that of its Figure 1; that LDR beats low rank with as many numbers is our hypothesis for the others. Each approximation
+that of its Figure 1; that LDR beats low rank with as many parameters is our hypothesis for the others. Each approximation
 is the nearest one of its class (hyperadapt_peft/tuners/surm/nearest.py) and low-rank matrices are the truncated SVD, the best
-there is: the comparison shows what a class can express, not how well some optimiser fits it. The numbers of a class are
+there is: the comparison shows what a class can express, not how well some optimiser fits it. The parameters of a class are
 its degrees of freedom: n for a circulant matrix, although training holds a pair of vectors.
 
 Prints relative Frobenius errors with their standard deviation over the seeds, says for every expected ordering
@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -82,7 +83,7 @@ def classes(n: int, psd: bool) -> dict[str, tuple[int, Callable[[Tensor], float]
         "Toeplitz product": (2 * n, lambda m: nearest(m, Toeplitz()).error),
         "Kronecker": (kronecker, lambda m: nearest(m, Kronecker()).error),
     }
-    if psd:  # u u^T has n numbers, and for a PSD matrix is the best of rank one
+    if psd:  # u u^T has n parameters, and for a PSD matrix is the best of rank one
         found["low rank 1"] = (n, lambda m: low_rank_error(m, 1))
         return found
     for rank in RANKS:
@@ -104,12 +105,12 @@ def measure(seeds: int) -> dict[str, list[dict]]:
         result[name] = [
             {
                 "approximation": approximation,
-                "numbers": numbers,
+                "parameters": parameters,
                 "error": statistics.mean(errors[approximation]),
                 "std": statistics.stdev(errors[approximation]) if seeds > 1 else 0.0,
                 "errors": errors[approximation],
             }
-            for approximation, (numbers, _) in approximations.items()
+            for approximation, (parameters, _) in approximations.items()
         ]
     return result
 
@@ -144,28 +145,24 @@ def verdicts(result: dict[str, list[dict]]) -> list[tuple[str, bool, str]]:
             )
         )
         below = all(a < b for a, b in zip(by_rank, low_rank, strict=True))
-        found.append((f"{name}: LDR(r) < rank r, as many numbers", below, pairs))
+        found.append((f"{name}: LDR(r) < rank r, as many parameters", below, pairs))
     return found
 
 
 def plot(result: dict[str, list[dict]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(result), figsize=(4 * len(result), 3.6), layout="constrained")
+    figure = Figure(figsize=(4 * len(result), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(result))
     for axis, (name, rows) in zip(axes, result.items(), strict=True):
         for color, (family, marker) in enumerate((("LDR", "o"), ("low rank", "s"))):
             line = [row for row in rows if row["approximation"].startswith(family)]
             if line:
-                x, y, bars = zip(*((row["numbers"], row["error"], row["std"]) for row in line), strict=True)
+                x, y, bars = zip(*((row["parameters"], row["error"], row["std"]) for row in line), strict=True)
                 axis.errorbar(x, y, bars, marker=marker, color=f"C{color}", label=family, capsize=2)
         singles = [row for row in rows if not row["approximation"].startswith(("LDR", "low rank"))]
         for color, (row, marker) in enumerate(zip(singles, "^vDX", strict=True), start=2):
             style = {"marker": marker, "color": f"C{color}", "linestyle": "", "label": row["approximation"]}
-            axis.errorbar(row["numbers"], row["error"], row["std"], **style)
-        axis.set(title=name, xlabel="numbers", xscale="linear" if name == "psd" else "log")
+            axis.errorbar(row["parameters"], row["error"], row["std"], **style)
+        axis.set(title=name, xlabel="parameters", xscale="linear" if name == "psd" else "log")
     axes[0].set_ylabel("relative Frobenius error")
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=130)
@@ -180,9 +177,9 @@ def main() -> None:
 
     result = measure(arguments.seeds)
     for name, rows in result.items():
-        print(f"\n{name}\n{'approximation':20}{'numbers':>8}{'error':>10}{'std':>9}")
+        print(f"\n{name}\n{'approximation':20}{'parameters':>11}{'error':>10}{'std':>9}")
         for row in rows:
-            print(f"{row['approximation']:20}{row['numbers']:>8}{row['error']:>10.4f}{row['std']:>9.4f}")
+            print(f"{row['approximation']:20}{row['parameters']:>11}{row['error']:>10.4f}{row['std']:>9.4f}")
     print("\nExpected ordering")
     judged = verdicts(result)
     for claim, holds, numbers in judged:

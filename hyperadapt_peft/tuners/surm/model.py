@@ -65,25 +65,16 @@ class SurmModel(TargetModel):
 
     prefix = "surm_"
     tuner_layer_cls = SurmLayer
-    supported_layers = "`torch.nn.Linear` (optionally quantized) and `transformers.pytorch_utils.Conv1D`"
+    supported_layers = (
+        "`torch.nn.Linear` (optionally quantized) and `transformers.pytorch_utils.Conv1D`, of real weights"
+    )
 
     @staticmethod
     def layer_class_for(base_layer: nn.Module) -> Optional[type[SurmLayer]]:
         if isinstance(base_layer, (nn.Linear, Conv1D)):
-            return Linear
+            return None if base_layer.weight.is_complex() else Linear
         backend = resolve_quantization_backend(base_layer, get_apply_tensor_subclass=lambda: None)
         return Linear if backend is not None and backend.layer_type == "linear" else None
-
-    @classmethod
-    def check(cls, config: SurmConfig, model: nn.Module) -> None:  # type: ignore[override]
-        super().check(config, model)
-        for key, module in outer_modules(model):
-            weight = getattr(module, "weight", None)
-            if cls._check_target_module_exists(config, key) and torch.is_tensor(weight) and weight.is_complex():
-                raise ValueError(
-                    f"Target module {key} is not supported: its weight is complex, and SURM's matrices are real. Leave it "
-                    "out of `target_modules` or name it in `exclude_modules`."
-                )
 
     @classmethod
     def default_targets(cls, config: SurmConfig, model: nn.Module) -> set[str]:  # type: ignore[override]
@@ -137,8 +128,8 @@ class SurmModel(TargetModel):
             suits an update.
 
         Raises:
-            ValueError: If a module has no such parallel adapter, or an update has the wrong shape or is not
-                finite. Nothing has changed then.
+            ValueError: If a module has no such parallel adapter, or an update has the wrong shape or is not finite.
+                Nothing has changed then.
         """
         found = {}
         for name, update in tqdm(updates.items(), disable=not progress, desc="nearest"):

@@ -26,9 +26,8 @@ def convolve(x: Tensor, v: Tensor, out_features: int, f: int) -> Tensor:
 
 
 class _Convolution(torch.autograd.Function):
-    """Autograd through torch.fft gives the same numbers in up to twice the time: it differentiates a real FFT by a
-    complex one of full length. Here both gradients are again convolutions of the spectra at hand.
-    """
+    # Autograd through torch.fft takes up to twice the time: it differentiates a real FFT by a complex one of full length.
+    # Here both gradients are again convolutions of the spectra at hand.
 
     generate_vmap_rule = True
 
