@@ -11,45 +11,43 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import peft
 import torch
 import transformers
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import load_peft_weights
 from transformers import PreTrainedModel
 
+from ..integrations.hub import AUTO_CLASSES
 from ..tuners.hyperadapt import HyperAdaptLayer
 
 
-AUTO_MODELS = {
-    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
-    "CAUSAL_LM": transformers.AutoModelForCausalLM,
-    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
-    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
-    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
-    "FEATURE_EXTRACTION": transformers.AutoModel,
-}
-
-
 def load(adapter: str | Path, base: str | None = None) -> PeftModel:
-    """The adapter on its base model, in fp32; a head of another size than the base model's is left out.
+    """Return an adapter's layers on its base model, in fp32; what was saved whole, such as a new head, is left out.
 
     Args:
-        adapter: a directory or a Hub id.
-        base: a directory or a Hub id, default what the adapter's config names.
+        adapter (`str | Path`): A directory or a Hub id.
+        base (`Optional[str]`): The base model's directory or Hub id; what the adapter's config names if `None`.
 
     Raises:
-        ValueError: the config does not say which model it adapts.
+        ValueError: If the config does not say which model of transformers it adapts.
     """
     config = PeftConfig.from_pretrained(str(adapter))
     source = base or config.base_model_name_or_path
+    auto = getattr(peft, AUTO_CLASSES.get(str(config.task_type), ""), None)
     name = (config.auto_mapping or {}).get("base_model_class", "")
-    auto_model: Any = AUTO_MODELS.get(config.task_type) or getattr(transformers, name, None)
-    if source is None or not isinstance(auto_model, type):
+    model_cls: Any = auto._target_class if auto else getattr(transformers, name, None)
+    if source is None or model_cls is None:
         raise ValueError(f"{adapter}: its config names no base model that transformers has")
-    if not (issubclass(auto_model, PreTrainedModel) or auto_model in AUTO_MODELS.values()):
+    if auto is None and not (isinstance(model_cls, type) and issubclass(model_cls, PreTrainedModel)):
         raise ValueError(f"{adapter}: {name} is no model of transformers")
-    model = cast(Any, auto_model).from_pretrained(source, dtype=torch.float32)
-    return PeftModel.from_pretrained(model, str(adapter), ignore_mismatched_sizes=True)
+    config.task_type = config.modules_to_save = None  # type: ignore[attr-defined]
+    model = PeftModel(model_cls.from_pretrained(source, dtype=torch.float32), config)
+    weights = load_peft_weights(str(adapter), device="cpu")
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    set_peft_model_state_dict(model, {key: weights[key] for key in wanted if key in weights})
+    return model
 
 
 def inspect_adapter(model: PeftModel, adapter_name: str = "default") -> dict[str, dict[str, Any]]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peft.config import PeftConfig
 
 _BEGIN, _END = "<!-- hyperadapt_peft: usage -->", "<!-- hyperadapt_peft: end of usage -->"
-_AUTO_CLASSES = {
+AUTO_CLASSES = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
     "SEQ_CLS": "AutoPeftModelForSequenceClassification",
@@ -64,7 +64,7 @@ model = PeftModel.from_pretrained(base_model, adapter{subfolder})"""
 def usage(config: PeftConfig, subfolder: str = "") -> str:
     """Return the Markdown section with install line, import line, base model, method and a loading snippet."""
     base = f"`{config.base_model_name_or_path}`" if config.base_model_name_or_path else "not recorded"
-    auto = _AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)))
+    auto = AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)))
     if auto and not subfolder:  # PEFT's auto classes look for the base model in the same subfolder
         snippet = _AUTO_SNIPPET.format(auto=auto)
     else:
