@@ -84,7 +84,11 @@ def _add_model(command: argparse.ArgumentParser, name: str, **kwargs: Any) -> No
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (2 for a mistake in the recipe, told in one line)."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if args.command == "train" and not any(argument.startswith("-") for argument in rest):
+        args.overrides += rest  # those after an option, which argparse does not take for overrides
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.command == "run":
         if not args.arguments:
             parser.error("run: expected a command")

@@ -211,7 +211,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(recipe, monkeypatch, capsys):
 def test_overwrite_starts_again(recipe):
     path = recipe(training={"max_steps": 4, "save_strategy": "steps", "save_steps": 2})
     first, directory = run(path)
-    second, _ = run(path, "training.max_steps=3", "--overwrite")
+    second, _ = run(path, "training.max_steps=9", "--overwrite", "training.max_steps=3")
     assert (first["steps"], second["steps"]) == (4, 3)
     assert sorted(file.name for file in directory.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
 
