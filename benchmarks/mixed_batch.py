@@ -1,11 +1,12 @@
-"""A thousand adapters on one model: loading, memory, switching, and a batch of many of them, beside LoRA r=8.
+"""Many adapters on one small Llama: a batch of 64 of them, generation, loading and memory, beside LoRA r=8.
 
-    python -m benchmarks.mixed_batch [--rows 64] [--loaded 64 1000] [--rounds 5]
+    python -m benchmarks.mixed_batch [--loaded 64 1000] [--rounds 40] [--methods HyperAdapt "LoRA r=8"]
 
-The model is a 12-layer, 768-wide encoder with every linear layer adapted. The variants of a batch are measured in turn
-in one process; the ratios are medians over the rounds. LoRA's adapters are copied into the layers, as loading them by
-PEFT would take hours; `seconds of one more by load_adapter` is what PEFT's call takes for each method. Writes
-benchmarks/results/mixed_batch.json; runs of other settings there are kept.
+The model has 4 layers of width 384, every linear layer adapted: small, so that what adapters cost beside the base layers
+shows. What is compared runs in turn in one thread, whose CPU time is measured, so that a busy machine does not matter
+much; a ratio is the median of the rounds' ratios. LoRA's adapters are
+copied into the layers, as loading 1,000 by PEFT would take hours; `seconds of one more by load_adapter` is PEFT's call.
+Writes benchmarks/results/mixed_batch.json; runs of other methods and numbers of adapters there are kept.
 """
 
 import argparse
@@ -16,14 +17,16 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from tqdm import tqdm
-from transformers import BertConfig, BertModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hyperadapt_peft import HyperAdaptConfig
 from hyperadapt_peft.adapters.loading import load_adapters
@@ -31,10 +34,20 @@ from hyperadapt_peft.tuners.hyperadapt import HyperAdaptLayer
 
 
 CONFIGS = {
-    "HyperAdapt": lambda: HyperAdaptConfig(init_weights=False),
-    "LoRA r=8": lambda: LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False),
+    "HyperAdapt": lambda: HyperAdaptConfig(init_weights=False, task_type="CAUSAL_LM"),
+    "LoRA r=8": lambda: LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"),
 }
 FILES = 64  # different adapter files; a thousand adapters are loaded from them in turn
+ROWS = 64
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=384, num_hidden_layers=4, num_attention_heads=6, intermediate_size=1024, vocab_size=1024,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
 
 
 def rss() -> int:
@@ -42,10 +55,10 @@ def rss() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def clock(action) -> float:
-    start = time.perf_counter()
+def clock(action: Callable[[], Any]) -> float:
+    start = time.process_time()
     action()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def copy_lora(model: nn.Module, adapters: int) -> None:
@@ -58,10 +71,9 @@ def copy_lora(model: nn.Module, adapters: int) -> None:
         model.peft_config[f"adapter{i}"] = model.peft_config["adapter0"]
 
 
-def loaded_model(method: str, adapters: int, directory: Path):
+def loaded_model(method: str, adapters: int, directory: Path) -> tuple[PeftModel, dict[str, Any]]:
     """The model with that many adapters, and what loading them took."""
-    base = BertModel(BertConfig())
-    model = get_peft_model(base, CONFIGS[method]())
+    model = get_peft_model(llama(), CONFIGS[method]())
     for i in range(FILES if method == "HyperAdapt" else 1):
         torch.manual_seed(i)
         for layer in model.modules():
@@ -77,56 +89,85 @@ def loaded_model(method: str, adapters: int, directory: Path):
         copy_lora(model, adapters)
     row["bytes of memory per adapter"] = (rss() - before) // (adapters - 1)
     row["bytes on disk per adapter"] = (directory / "0" / "adapter_model.safetensors").stat().st_size
-    row["seconds of one more by load_adapter"] = clock(lambda: model.load_adapter(directory / "0", "more"))
+    row["seconds of one more by load_adapter"] = statistics.median(
+        clock(lambda i=i: model.load_adapter(directory / "0", f"more{i}")) for i in range(3)
+    )
     return model.eval(), row
 
 
-@torch.no_grad()
-def measure(model, rows: int, tokens: int, rounds: int) -> dict[str, float]:
-    ids = torch.randint(1000, 20000, (rows, tokens))
-    model.set_adapter("adapter0")
-    variants = {
-        "one active": {},
-        "one by name": {"adapter_names": ["adapter0"] * rows},
-        "all different": {"adapter_names": [f"adapter{i}" for i in range(rows)]},
-    }
+def compare(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each, and their ratios to the first, measured in turn."""
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for i in range(rounds + 1):
-        for name, kwargs in variants.items():
-            seconds = clock(lambda kwargs=kwargs: model(input_ids=ids, **kwargs))
-            if i:  # the first round warms up
+    for i in range(rounds + 2):
+        for name, action in variants.items():
+            seconds = clock(action)
+            if i > 1:  # the first rounds warm up
                 times[name].append(seconds)
-    switches = [clock(lambda name=name: model.set_adapter(name)) for name in ("adapter1", "adapter0") * 3]
-    ratios = [many / one for many, one in zip(times["all different"], times["one active"], strict=True)]
-    return {
-        **{f"seconds, {name}": statistics.median(seconds) for name, seconds in times.items()},
-        "ratio of all different to one active": statistics.median(ratios),
-        "seconds of set_adapter": statistics.median(switches),
+    first, *others = times
+    ratios = {
+        f"{name} / {first}": statistics.median(a / b for a, b in zip(times[name], times[first], strict=True))
+        for name in others
     }
+    return {f"milliseconds, {name}": 1000 * statistics.median(seconds) for name, seconds in times.items()} | ratios
+
+
+@torch.no_grad()
+def measure(model: PeftModel, rounds: int) -> dict[str, float]:
+    model.set_adapter("adapter0")
+    many = [f"adapter{i}" for i in range(ROWS)]
+    base, results = llama(), {}
+    for kind, tokens in (("prefill of 16 tokens", 16), ("single token", 1)):
+        ids = torch.randint(3, 1024, (ROWS, tokens))
+        results |= compare(
+            {
+                f"{kind}, one adapter": lambda ids=ids: model(input_ids=ids),
+                f"{kind}, one by name": lambda ids=ids: model(input_ids=ids, adapter_names=["adapter0"] * ROWS),
+                f"{kind}, {ROWS} adapters": lambda ids=ids: model(input_ids=ids, adapter_names=many),
+            },
+            rounds,
+        )
+    options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    one, ids = torch.randint(3, 1024, (1, 16)), torch.randint(3, 1024, (ROWS, 16))
+    results |= compare(
+        {
+            "generation of 16 tokens, base": lambda: base.generate(input_ids=one, **options),
+            "generation of 16 tokens, one adapter": lambda: model.generate(input_ids=one, **options),
+        },
+        rounds,
+    )
+    results |= compare(
+        {
+            f"generation in {ROWS} rows, one adapter": lambda: model.generate(input_ids=ids, **options),
+            f"generation in {ROWS} rows, {ROWS} adapters": lambda: model.generate(
+                input_ids=ids, adapter_names=many, **options
+            ),
+        },
+        rounds // 4,
+    )
+    switches = [clock(lambda name=name: model.set_adapter(name)) for name in ("adapter1", "adapter0") * 3]
+    return results | {"milliseconds of set_adapter": 1000 * statistics.median(switches)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--loaded", type=int, nargs="+", default=[64, 1000])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--methods", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     args = parser.parse_args()
+    torch.set_num_threads(1)
     path = Path(__file__).parent / "results" / "mixed_batch.json"
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
     for loaded in args.loaded:
         for method in args.methods:
-            setting = {"method": method, "loaded": loaded, "rows": args.rows, "tokens": args.tokens}
             with tempfile.TemporaryDirectory() as directory:
                 model, row = loaded_model(method, loaded, Path(directory))
-            row = {**setting, **row, **measure(model, args.rows, args.tokens, args.rounds)}
-            print(json.dumps(row))
-            runs = [run for run in runs if any(run[key] != setting[key] for key in setting)] + [row]
+            row = {"method": method, "loaded": loaded, **row, **measure(model, args.rounds)}
+            print(json.dumps(row, indent=1))
+            runs = [run for run in runs if (run["method"], run["loaded"]) != (method, loaded)] + [row]
             del model
     results = {
         "command": f"python -m benchmarks.mixed_batch {' '.join(sys.argv[1:])}".strip(),
-        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
         "runs": sorted(runs, key=lambda run: (run["loaded"], run["method"])),
     }
     path.write_text(json.dumps(results, indent=2) + "\n")

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from .config import TargetConfig
+from .layer import named_modules_around_adapters
 
 
 class FusedWeight(NamedTuple):
@@ -33,7 +34,11 @@ def fused_weights(model: nn.Module) -> list[FusedWeight]:
     Experts are what transformers calls so, a class named `...Experts` that holds parameters of three dimensions. A
     router that is an ordinary linear layer is not among the results.
     """
-    modules = {without_wrappers(key): m for key, m in model.named_modules() if not isinstance(m, BaseTunerLayer)}
+    modules = {
+        without_wrappers(key): m
+        for key, m in named_modules_around_adapters(model)
+        if not isinstance(m, BaseTunerLayer)
+    }
     found = {}
     for owner, module in modules.items():
         if "Experts" not in type(module).__name__:
@@ -82,7 +87,7 @@ def targeted_parameters(model: nn.Module, target_parameters: list[str]) -> dict[
     """
     found: dict[str, list[str]] = {}
     endings = tuple(f".{target}" for target in target_parameters)
-    for key, module in model.named_modules():
+    for key, module in named_modules_around_adapters(model):
         owner = without_wrappers(key)
         for name in getattr(module, "parametrizations", ()):
             if f"{owner}.{name}" in target_parameters:

@@ -258,18 +258,25 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         return quantization_extra_repr(self)
 
 
-def modules_around_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a model as `model.modules()`, but for the adapters' own: with many adapters, nearly all of them."""
-    seen, stack = set(), [model]
+def named_modules_around_adapters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """As `model.named_modules()`, but for the adapters' own modules: with many adapters, nearly all there are."""
+    seen, stack = set(), [("", model)]
     while stack:
-        module = stack.pop()
-        if module in seen:
+        prefix, module = stack.pop()
+        if remove_duplicate and module in seen:
             continue
         seen.add(module)
-        yield module
+        yield prefix, module
         own = (*module.adapter_layer_names, *module.other_param_names) if isinstance(module, TargetLayer) else ()
         children = list(module._modules.items())  # another thread may add an adapter meanwhile
-        stack += [child for name, child in reversed(children) if child is not None and name not in own]
+        start = f"{prefix}." if prefix else ""
+        stack += [(start + name, child) for name, child in reversed(children) if child is not None and name not in own]
+
+
+def modules_around_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """As `model.modules()`, but for the adapters' own modules."""
+    for _, module in named_modules_around_adapters(model):
+        yield module
 
 
 def _refuse_tensor_parallel(base_layer: nn.Module, parameter_name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 from typing import Any, Optional, cast
 
 import torch
@@ -20,7 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, Tra
 from torch import nn
 
 from .config import TargetConfig, check_adapter_name
-from .layer import TargetLayer, modules_around_adapters
+from .layer import TargetLayer, modules_around_adapters, named_modules_around_adapters
 
 
 Tensors = dict[str, torch.Tensor]
@@ -91,6 +92,18 @@ def _is_finite(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     return bool(torch.isfinite(tensor.to(dtype)).all())
 
 
+def state_around_adapters(model: nn.Module, adapter_name: str) -> Tensors:
+    """As `model.state_dict()`, but for the other adapters' tensors."""
+    state: Tensors = {}
+    for name, module in named_modules_around_adapters(model, remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        module._save_to_state_dict(state, prefix, keep_vars=False)
+        for key in module.adapter_layer_names if isinstance(module, TargetLayer) else ():
+            if adapter_name in (adapters := getattr(module, key)):
+                adapters[adapter_name].state_dict(destination=state, prefix=f"{prefix}{key}.{adapter_name}.")
+    return state
+
+
 def loadable_tensors(model: nn.Module, adapter_name: str, state: Tensors) -> tuple[Tensors, Tensors]:
     """Return what of a model's `state` an adapter's file must hold, and what it may hold besides.
 
@@ -98,11 +111,12 @@ def loadable_tensors(model: nn.Module, adapter_name: str, state: Tensors) -> tup
     saves with an adapter: biases (with `bias`), and the input and output embeddings (whole, after a change of the
     vocabulary). Nothing else of the base model.
     """
-    prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+    around: Any = SimpleNamespace(named_modules=lambda: named_modules_around_adapters(model))
+    prefixes = _get_tuner_state_dict_key_prefixes(around, adapter_name=adapter_name)
     required = _filter_state_dict_by_key_prefixes(state, prefixes)
     optional = {key: state[key] for key in state if f".{key}".endswith(".bias") and ".modules_to_save." not in key}
     embeddings = _embeddings(model)
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules_around_adapters(model, remove_duplicate=False):
         if isinstance(module, AuxiliaryTrainingWrapper):
             keys = [f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values()]
             required.update({key: state[key] for key in keys if key in state})
@@ -142,7 +156,10 @@ class AtomicInjection(BaseTuner):
             adapter_name, taken_names(model, PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)].tuner_layer_cls)
         )
         if isinstance(config, TargetConfig) and config.trainable_before is not None:
-            config.trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
+            first = len(self.peft_config) == 1  # another's removal does not make the base model trainable
+            config.trainable_before = (
+                {name for name, p in model.named_parameters() if p.requires_grad} if first else set()
+            )
         try:
             with all_or_nothing(model):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -214,11 +231,11 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     A model without any layer of this package is left to PEFT.
     """
     before = [(current, dict(current)) for current in _attributes(model)]
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    trained = [(parameter, parameter.requires_grad) for parameter in _parameters(model)]
     try:
         yield
     except BaseException:
-        if any(isinstance(module, TargetLayer) for module in model.modules()):
+        if any(isinstance(module, TargetLayer) for module in modules_around_adapters(model)):
             for current, old in before:
                 for key in current.keys() - old.keys():
                     del current[key]
@@ -229,8 +246,24 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 
 def _attributes(model: nn.Module) -> Iterator[dict[str, Any]]:
-    for module in model.modules():
+    for module in modules_around_adapters(model):
         yield vars(module)
         for name, value in list(vars(module).items()):
             if isinstance(value, dict) and "hooks" not in name:  # children, parameters, buffers, configs, ...
                 yield value
+        names = module.adapter_layer_names + module.other_param_names if isinstance(module, TargetLayer) else ()
+        yield from (container._modules for container in _dicts(module, names))
+
+
+def _parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    for module in modules_around_adapters(model):
+        yield from module.parameters(recurse=False)
+        names = module.adapter_layer_names if isinstance(module, TargetLayer) else ()
+        for container in _dicts(module, names):
+            for adapter in list(container._modules.values()):
+                # `parameters()` finds what FSDP has wrapped, but takes ten times as long
+                yield from adapter._parameters.values() or adapter.parameters()  # type: ignore
+
+
+def _dicts(module: nn.Module, names: tuple[str, ...]) -> list[nn.ModuleDict]:
+    return [value for value in (getattr(module, name) for name in names) if isinstance(value, nn.ModuleDict)]

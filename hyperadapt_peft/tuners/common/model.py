@@ -24,7 +24,13 @@ from torch import nn
 from .config import TargetConfig
 from .experts import fused_weights, is_selected
 from .layer import TargetLayer, modules_around_adapters
-from .loading import AtomicInjection, check_tensors, loadable_tensors, removed_if_refused
+from .loading import (
+    AtomicInjection,
+    check_tensors,
+    loadable_tensors,
+    removed_if_refused,
+    state_around_adapters,
+)
 from .merging import AtomicMerging
 from .mixed_batch import adapter_names_hooks
 from .targets import heads, outer_modules, refusal, save_heads, target_exactly
@@ -172,7 +178,7 @@ class TargetModel(AtomicInjection, AtomicMerging):
         # before anything is loaded: PEFT loads what fits, says little of what does not, and takes NaN
         with removed_if_refused(model, adapter_name):
             state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-            state = model.state_dict()
+            state = state_around_adapters(model, adapter_name)
             required, optional = loadable_tensors(model, adapter_name, state)
             # where the layers were injected without a PeftModel around them, PEFT removes its prefix after this hook
             known = {**state, **optional}

@@ -21,6 +21,7 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 from transformers.pytorch_utils import Conv1D
 
 from .config import TargetConfig
+from .layer import named_modules_around_adapters
 
 
 _KNOWN_LAYERS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, FP8Linear)
@@ -45,7 +46,7 @@ _USUAL_HEADS = {"classification_head", "classifier", "qa_outputs", "score"}
 def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the names and modules that PEFT compares with `target_modules`: those that are not inside tuner layers."""
     inside_tuner_layer: tuple[str, ...] = ()
-    for key, module in model.named_modules():
+    for key, module in named_modules_around_adapters(model):
         if not key or key.startswith(inside_tuner_layer or ("\0",)):
             continue
         if isinstance(module, BaseTunerLayer):
