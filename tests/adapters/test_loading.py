@@ -1,5 +1,7 @@
 """`load_adapters` loads what `load_adapter` loads, all or none, and many adapters do not slow down what walks a model."""
 
+import cProfile
+import pstats
 import shutil
 
 import pytest
@@ -170,3 +172,23 @@ def test_switching_resets_what_is_trained_as_peft_does():
     assert trained() == {"default", "other"} and model.base_model.active_adapter == ["default", "other"]
     with pytest.raises(ValueError, match="not found"):
         model.set_adapter("nobody")
+
+
+def test_load_adapter_walks_around_the_adapters_there_are(tmp_path):
+    """PEFT's share of a load grows with the number of adapters; this package's own walks do not."""
+    walks = {"modules", "named_modules", "parameters", "named_parameters", "state_dict"}
+
+    def steps(loaded):
+        model = get_peft_model(build("llama")[0], HyperAdaptConfig())
+        model.save_pretrained(tmp_path)
+        load_adapters(model, {f"more{i}": tmp_path for i in range(loaded)})
+        profile = cProfile.Profile()
+        profile.runcall(model.load_adapter, tmp_path, "one more")
+        return sum(
+            calls[0]
+            for (_, _, name), (*_, callers) in pstats.Stats(profile).stats.items()
+            for (caller, _, _), calls in callers.items()
+            if name in walks and "hyperadapt_peft/tuners" in caller
+        )
+
+    assert steps(40) <= 1.1 * steps(2)
