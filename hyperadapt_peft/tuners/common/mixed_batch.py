@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Optional
@@ -49,29 +49,37 @@ class BatchNames(list[str]):
         return table.index_select(0, self.tensor(self.rows, torch.long, table.device))
 
 
+def read_weight(modules: nn.ModuleDict, adapter_name: str) -> Optional[torch.Tensor]:
+    """Return an adapter's weight, or None if it has none.
+
+    Its module is called only where somebody wants to see it (FSDP, ZeRO, offloading): the call copies the weight, and
+    takes ten times as long as the reading.
+    """
+    module: Any = modules._modules.get(adapter_name)
+    if module is None:
+        return None
+    return module() if _is_called(module) else module._parameters["weight"]
+
+
 def stack_weights(modules: nn.ModuleDict, adapter_names: list[str]) -> Optional[torch.Tensor]:
     """Return these adapters' weights, (names, ...), with zeros where one has none, or None where none has any.
 
-    They are read anew at every call, so there is nothing that could be outdated; a gather from a table of all adapters
-    would copy as much. Modules are called only where somebody wants to see it (FSDP, ZeRO, offloading): that takes ten
-    times as long as the stacking itself.
+    They are read anew at every call, so there is nothing that could be outdated.
     """
-    weights: list[Any] = []
-    for name in adapter_names:
-        module: Any = modules._modules.get(name)
-        if module is None:
-            weights.append(None)
-        elif module._forward_pre_hooks or "forward" in module.__dict__ or "weight" not in module._parameters:
-            weights.append(module())
-        else:
-            weights.append(module._parameters["weight"])
-    some = next((weight for weight in weights if weight is not None), None)
+    found: dict[str, Any] = modules._modules
+    some = next((found[name] for name in adapter_names if name in found), None)
     if some is None:
         return None
-    if any(weight is None for weight in weights):
-        zeros = torch.zeros_like(some)
-        weights = [zeros if weight is None else weight for weight in weights]
-    return torch.stack(weights)
+    if not _is_called(some):  # nor are the others; if they were, what is read of them could not be stacked
+        with suppress(KeyError):
+            return torch.stack([found[name]._parameters["weight"] for name in adapter_names])
+    weights = [read_weight(modules, name) for name in adapter_names]
+    zeros = torch.zeros_like(next(weight for weight in weights if weight is not None))
+    return torch.stack([zeros if weight is None else weight for weight in weights])
+
+
+def _is_called(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks) or "forward" in module.__dict__ or "weight" not in module._parameters
 
 
 class _Call:
