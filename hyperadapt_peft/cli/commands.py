@@ -60,7 +60,7 @@ def inspect(args: argparse.Namespace) -> None:
 
     reports = {}
     for adapter in filter(None, (args.adapter, args.beside)):
-        with errors_about(adapter, adapter):
+        with errors_about(adapter, adapter, RuntimeError, KeyError):
             model = inspection.load(adapter, args.model)
             label = model.active_peft_config.peft_type.value
             reports[label if label not in reports else adapter] = inspection.inspect_adapter(model)

@@ -23,17 +23,18 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def errors_about(key: str, source: str | None = None) -> Iterator[None]:
+def errors_about(key: str, source: str | None = None, *more: type[Exception]) -> Iterator[None]:
     """What a library raises inside this context becomes a RecipeError about `key`.
 
     Args:
         key: what the message starts with.
         source: the Hub id or the local path that is being loaded, if any.
+        more: errors that are the user's here, beside those that libraries have for wrong values and files.
     """
     try:
         yield
     except RecipeError:
         raise
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, ImportError, *more) as error:
         hint = "" if source is None or Path(source).exists() else "; a local directory works too"
         raise RecipeError(f"{key}: {first_line(error).rstrip('.')}{hint}") from error

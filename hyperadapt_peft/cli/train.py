@@ -85,9 +85,8 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, verify:
             # accelerate would take the model for a wrapped one, and every process would train on its own
             model._is_accelerate_prepared = False  # type: ignore[assignment]
     done = trainer.train(resume_from_checkpoint=checkpoint)
-    results["after"] = _evaluate(trainer, data)
     _save(trainer, adapter)
-    trainer.accelerator.wait_for_everyone()
+    results["after"] = _evaluate(trainer, data)
     results["adapter_bytes"] = sum(file.stat().st_size for file in adapter.glob("*.safetensors"))
     results["steps"] = done.global_step
     del trainer, model
@@ -135,9 +134,8 @@ def dry_run(recipe: Recipe) -> str:
         model = recipe.task.auto_model.from_config(config)
         # another number of classes changes the head only, which is not counted
         model = _adapted(recipe, model, recipe.task.has_head)
-    head = _head(model, recipe.task.has_head)
-    sizes = [p.numel() for n, p in model.named_parameters() if p.requires_grad and not _is_in(head, n)]
-    return text + f"# trainable outside the head: {sum(sizes):,} parameters in {len(sizes)} tensors\n"
+    parameters = _parameters(model, _head(model, recipe.task.has_head))
+    return text + f"# trainable outside the head: {parameters['trainable_outside_head']:,} parameters\n"
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -256,12 +254,13 @@ def _check_sharding(trainer: Trainer, verify: bool) -> None:
 
 def _save(trainer: Trainer, adapter: Path) -> None:
     """Save the adapter, or all of the model, and what encodes its input; every process must take part."""
-    if not trainer.args.should_save:
+    if trainer.args.should_save:
+        with whole_directory(adapter) as directory:
+            trainer.save_model(str(directory))
+            (directory / "training_args.bin").unlink()  # a pickle; metrics.json has the recipe
+    else:
         trainer.save_model(str(adapter))  # gathers what is sharded, and writes nothing
-        return
-    with whole_directory(adapter) as directory:
-        trainer.save_model(str(directory))
-        (directory / "training_args.bin").unlink()  # a pickle; metrics.json has the recipe
+    trainer.accelerator.wait_for_everyone()
 
 
 @contextmanager

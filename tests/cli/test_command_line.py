@@ -6,10 +6,14 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import pytest
 from peft import get_peft_model
 from torch import nn
+from transformers import LlamaForCausalLM
 
+from hyperadapt_cli import main
 from hyperadapt_peft import HyperAdaptConfig
 
 
@@ -95,3 +99,44 @@ def test_the_command_s_exit_code_and_options_are_its_own():
     done = process(*HYPERADAPT, "run", "no-such-command", "--help")
     assert (done.returncode, done.stderr) == (127, "error: no-such-command: No such file or directory\n")
     assert process(*HYPERADAPT, "run").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["train", "RECIPE", "model.name=owner/model"], "model.name"),
+        (["train", "RECIPE", "data={name: owner/data}"], "data: cannot load 'owner/data'"),
+        (["plan", "owner/model"], "model"),
+        (["inspect", "owner/adapter"], "owner/adapter"),
+    ],
+)
+def test_without_a_network_the_error_says_that_a_directory_works(arguments, key, recipe, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    assert main([recipe() if argument == "RECIPE" else argument for argument in arguments]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: {key}: ") and line.endswith("; a local directory works too")
+
+
+@pytest.mark.parametrize("command", ["plan", "bench", "inspect"])
+def test_a_command_ends_with_what_to_do_next(command, tmp_path, llama, capsys):
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(llama), HyperAdaptConfig(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    sizes = ["--batch-size", "1", "--sequence-length", "8"]
+    arguments = {
+        "plan": [str(llama), *sizes],
+        "bench": [
+            "--model",
+            str(llama),
+            *sizes,
+            "--rounds",
+            "1",
+            "--methods",
+            "hyperadapt",
+            "--output-dir",
+            str(tmp_path),
+        ],
+        "inspect": [str(tmp_path / "adapter")],
+    }
+    assert main([command, *arguments[command]]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Next: ")

@@ -49,6 +49,7 @@ def test_a_table_a_plot_and_nothing_run_twice(comparison, tmp_path, capsys):
     table = capsys.readouterr().out
     rows = json.loads((tmp_path / "runs/comparison.json").read_text())
     assert (tmp_path / "runs/comparison.md").read_text() in table
+    assert table.splitlines()[-1].startswith("Next: ")
     assert (tmp_path / "runs/comparison.png").stat().st_size > 1000
     runs = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").glob("*/*/*/metrics.json")}
     assert len(runs) == 2 + 1 + 1 + 1  # ours: two rates and a second seed; lora: one and a second
