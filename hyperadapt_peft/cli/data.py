@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from datasets import Dataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 from pydantic import Field
 
 from .errors import RecipeError, errors_about, suggestion
@@ -208,7 +209,8 @@ def load_splits(data: Data) -> dict[str, Dataset]:
     Raises:
         RecipeError: the dataset, a split or a column does not exist.
     """
-    with errors_about(f"data: cannot load '{data.name}'", data.name if data.data_files is None else None):
+    source = data.name if data.data_files is None else None
+    with errors_about(f"data: cannot load '{data.name}'", source, DatasetsError):
         if Path(data.name, "dataset_dict.json").is_file():
             saved = load_from_disk(data.name)
             missing = next((split for split in data.splits.values() if split not in saved), None)
