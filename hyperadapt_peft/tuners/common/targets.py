@@ -30,12 +30,11 @@ _KNOWN_FORWARDS = {layer.forward for layer in _KNOWN_LAYERS}
 # What can be asked of a weight, or done with it, that does not use its values.
 _METADATA = {"device", "dim", "dtype", "is_cuda", "is_meta", "ndim", "numel", "requires_grad", "shape", "size"}
 _ASKS = {"hasattr", "id", "isinstance", "type"}
-_LIKE = {"to", "type_as"}
+_LIKE = {"empty_like", "full_like", "ones_like", "to", "type_as", "zeros_like"}
 _CHANGES = re.compile("init|reset|resize|tie")  # names of methods that make or change a module
 # Read only with settings that no published model has (`pretraining_tp` > 1 with `slow_but_exact`, `z_steps` > 1), and
 # called else.
 _READ_NEVER = {("BloomAttention", "dense"), ("BloomMLP", "dense_4h_to_h"), ("DisentangledSelfAttention", "in_proj")}
-
 
 # How PEFT ends the names of new heads, which it trains whole, by task.
 _CLASSIFIERS = ("classifier", "score")
@@ -135,7 +134,7 @@ def has_known_forward(layer: nn.Module) -> bool:
     try:
         with torch.no_grad():
             copy._buffers = {name: buffer.cpu() for name, buffer in layer.named_buffers(recurse=False)}
-            expected, output = kind.forward(copy, x), copy.forward(x)
+            expected, output = kind.forward(copy, x), type(layer).forward(copy, x)  # not a hook's in its place
             factor = (output / expected).mean() if kind is nn.Embedding else 1
             return torch.allclose(output, factor * expected, atol=1e-5)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # it wants something else
@@ -176,7 +175,7 @@ def _read_weights(cls: type[nn.Module]) -> frozenset[str]:
                     found.add(path[1:-7])
                 elif path.count(".") == 1 and path[1:] not in reached and callable(getattr(cls, path[1:], None)):
                     reached.append(path[1:])
-    return frozenset(path for path in found if (cls.__name__, path) not in _READ_NEVER)
+    return frozenset(path for path in found if not any((base.__name__, path) in _READ_NEVER for base in bases))
 
 
 def _parsed(function: Any) -> Optional[ast.FunctionDef]:
@@ -190,7 +189,7 @@ def _parsed(function: Any) -> Optional[ast.FunctionDef]:
 
 def _paths(function: ast.FunctionDef) -> dict[ast.expr, str]:
     """Return the expressions in a method that are paths from its first argument, such as `.q_proj.weight`."""
-    variables, found = {function.args.args[0].arg: ""}, dict[ast.expr, str]()
+    variables, named = {function.args.args[0].arg: ""}, set[ast.expr]()
 
     def path(node: ast.expr) -> Optional[str]:
         if isinstance(node, ast.Name):
@@ -205,10 +204,10 @@ def _paths(function: ast.FunctionDef) -> dict[ast.expr, str]:
             value = path(node.value if isinstance(node, ast.Assign) else node.iter)
             if isinstance(target, ast.Name) and value:
                 variables[target.id] = value if isinstance(node, ast.Assign) else f"{value}.*"
-    for node in ast.walk(function):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and (value := path(node)):
-            found[node] = value
-    return found
+                named.add(node.value if isinstance(node, ast.Assign) else node.iter)
+    loads = (ast.Attribute, ast.Name)
+    nodes = [n for n in ast.walk(function) if isinstance(n, loads) and isinstance(n.ctx, ast.Load) and n not in named]
+    return {node: value for node in nodes if (value := path(node))}
 
 
 def _uses_values(node: ast.expr, parents: dict[ast.AST, ast.AST]) -> bool:

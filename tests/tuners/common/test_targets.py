@@ -175,8 +175,11 @@ class Parent(nn.Module):
             x = x.to(self.asked.weight).to(self.asked.weight.dtype)
         if self.asked.weight is not None:
             self.called.weight.data.clamp_(-9, 9)
+        like = self.asked.weight
+        x = x.to(like.dtype) + torch.zeros_like(like)
         projection = self.named
-        x = functional.linear(self._help(x), projection.weight)
+        weight = projection.weight
+        x = functional.linear(self._help(x), weight)
         for layer in self.listed:
             x = x @ layer.weight.T
         return self.asked(self.called(functional.linear(input=x, weight=self.handed.weight)))
