@@ -248,6 +248,8 @@ class TargetLayer(nn.Module, BaseTunerLayer):
             return (
                 f"its {name} is a {type(self.base_parameter.data).__name__}, which does not keep what is written to it"
             )
+        if self.base_parameter.element_size() == 1:
+            return f"its {name} is {self.base_parameter.dtype}, with scales beside it that a merge would not know"
         return f"its {name} is not in memory" if self.base_parameter.is_meta else None
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -33,6 +33,7 @@ from .loading import (
 )
 from .merging import AtomicMerging
 from .mixed_batch import adapter_names_hooks
+from .quantization import unpack
 from .targets import heads, outer_modules, refusal, save_heads, target_exactly
 
 
@@ -164,6 +165,13 @@ class TargetModel(AtomicInjection, AtomicMerging):
             raise ValueError(f"The adapter {adapter_name} is merged; call `unmerge_adapter` first.")
         for layer in layers:
             layer.set_scale(adapter_name, scale)
+
+    def train(self, mode: bool = True) -> TargetModel:
+        """Set the training mode, as `torch.nn.Module.train`, and undo what bitsandbytes has done for evaluation alone."""
+        if mode:  # also in layers without an adapter: gradients for those before must pass them
+            for module in modules_around_adapters(self.model):
+                unpack(module)
+        return super().train(mode)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -114,7 +114,7 @@ def has_known_forward(layer: nn.Module) -> bool:
     That it computes the same (Falcon's linear layers), or a multiple of it (Gemma's embeddings), is tried on a copy
     with a tiny weight.
     """
-    if type(layer).forward in _KNOWN_FORWARDS:
+    if type(layer).forward in _KNOWN_FORWARDS or type(layer).__module__.startswith("optimum.quanto."):
         return True
     if resolve_quantization_backend(layer, get_apply_tensor_subclass=lambda: None) is not None:
         return True

@@ -1,6 +1,7 @@
 """Quantized base models, for real, on the CPU: bitsandbytes in 8 and 4 bit and torchao's int8 weights."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from hyperadapt_peft import HyperAdaptConfig, SurmConfig
 from hyperadapt_peft.tuners.common import TargetLayer
@@ -357,6 +359,17 @@ def test_gradients_after_an_evaluation(path, quantization, config, batch, traini
     assert relative(logits(model.eval(), batch), out) < 0.02
 
 
+def test_gradients_through_other_layers_after_an_evaluation(path, config, batch):
+    def model():
+        return adapted(path, "bnb-4bit", lambda **kwargs: replace(config(**kwargs), target_modules=["q_proj"]))
+
+    expected, evaluated = gradients(model().train(), batch), model()
+    logits(evaluated, batch)
+    pack(evaluated)
+    for key, grad in gradients(evaluated.train(), batch).items():
+        assert relative(grad, expected[key]) < 0.02, key
+
+
 @pytest.mark.parametrize("quantization", ["bnb-4bit", "bnb-nf4-nested"])
 def test_backward_in_eval_mode_packs_nothing(path, quantization, batch):
     """Backward that calls the base layer again let it be packed, which changes what bitsandbytes' own backward needs."""
@@ -426,3 +439,40 @@ def test_training_behind_a_layer_without_gradients_is_refused(path, config, batc
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(quantized_by_torchao(path, base), tmp_path).eval()
     assert torch.equal(loaded(input_ids=batch["input_ids"]).logits, out)  # nothing is trained here
+
+
+class QLinear(nn.Linear):
+    """Stands for quanto's: a linear layer with a forward and a kind of tensor of its own."""
+
+    __module__ = "optimum.quanto.nn.qlinear"
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.as_subclass(torch.Tensor).round(decimals=1), self.bias)
+
+
+class QTensor(torch.Tensor):
+    pass
+
+
+def test_quanto_s_layers_are_adapted_and_not_merged_into(config):
+    torch.manual_seed(0)
+    base, x = nn.Sequential(QLinear(8, 8), nn.Linear(8, 8)), torch.randn(3, 8)
+    base[0].weight = nn.Parameter(base[0].weight.data.as_subclass(QTensor), requires_grad=False)
+    expected = base(x)
+    model = get_peft_model(base, replace(config(), task_type=None, target_modules=["0", "1"]))
+    assert torch.equal(model(x), expected)
+    with pytest.raises(ValueError, match="Cannot merge into a QLinear: its weight is a QTensor"):
+        model.merge_adapter()
+    assert not any(layer.merged for layer in layers(model).values())
+
+
+def test_fp8_weights_with_scales_beside_them_are_not_merged_into(config):
+    """They are ordinary parameters, to which a merge would add an update without their scales."""
+    layer = FP8Linear(128, 128, block_size=(128, 128))
+    layer.weight.data = torch.randn(128, 128).to(torch.float8_e4m3fn)
+    model = get_peft_model(nn.Sequential(layer), replace(config(), task_type=None, target_modules=["0"]))
+    before = layer.weight.data.float()
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="its weight is torch.float8_e4m3fn, with scales beside it"):
+            merge()
+        assert torch.equal(layer.weight.data.float(), before)
