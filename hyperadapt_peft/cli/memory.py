@@ -1,4 +1,4 @@
-"""Counting bytes: of a model, of what autograd keeps, of a step's peak, of a safetensors file."""
+"""Counting: a model's bytes, what autograd keeps, a step's peak and kernels, the bytes of a safetensors file."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from weakref import WeakSet
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces every start and stop
@@ -42,6 +43,29 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
 class _Saved:
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
+
+
+class KernelCounter(TorchDispatchMode):
+    """Counts what runs inside this context as a GPU would see it, on any device.
+
+    Attributes:
+        kernels: the operations that compute or copy, not views and allocations.
+        syncs: the operations that wait for a value, such as `item()`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = self.syncs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if name in ("_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero"):
+            self.syncs += 1
+        elif not is_view and name not in ("empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"):
+            self.kernels += 1
+        return result
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:

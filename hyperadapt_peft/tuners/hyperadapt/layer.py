@@ -6,20 +6,15 @@ from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..common import TargetLayer
-from ..common.mixed_batch import BatchNames, stack_weights
+from ..common.mixed_batch import BatchNames, read_weight, stack_weights
 from .algebra import Offsets
 from .config import HyperAdaptConfig
-from .functional import can_fuse, scale, scale_input, scale_output, scaled_linear
-
-
-# Their outputs are new tensors that nobody else holds, so they may be scaled in place.
-FRESH = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from .functional import scale
 
 
 class Scale(nn.Module):
@@ -126,6 +121,14 @@ class HyperAdaptLayer(TargetLayer):
         """Return one adapter's offset from 1 at its strength, (size,)."""
         return self.factor(adapter_name) * scales[adapter_name]()
 
+    def active_scales(self) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], float]:
+        """Return the active adapters' offsets of columns and rows, (size,) or None, and what both are multiplied by."""
+        column, row = self.hyperadapt_column, self.hyperadapt_row
+        names = [name for name in self.active_adapters if name in self.scaling]
+        if len(names) != 1:
+            return self.active_offset(column), self.active_offset(row), 1.0
+        return read_weight(column, names[0]), read_weight(row, names[0]), self.factor(names[0])
+
     def active_offset(self, scales: nn.ModuleDict) -> Optional[torch.Tensor]:
         """Return the offset from 1 of the product of the active adapters' scales, (size,), or None without any."""
         total = None
@@ -185,50 +188,48 @@ class Linear(HyperAdaptLayer):
     channel_dims = 0  # how many dimensions follow the channels in the activations
 
     def adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        column, row = self.active_offset(self.hyperadapt_column), self.active_offset(self.hyperadapt_row)
-        return self.scaled_forward(column, row, x, *args, **kwargs)
+        return self.scaled_forward(*self.active_scales(), x, *args, **kwargs)
 
     def mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: BatchNames, **kwargs: Any
     ) -> torch.Tensor:
         column = self.batch_offset(self.hyperadapt_column, adapter_names)
         row = self.batch_offset(self.hyperadapt_row, adapter_names)
-        return self.scaled_forward(column, row, x, *args, **kwargs)
+        return self.scaled_forward(column, row, 1.0, x, *args, **kwargs)
 
     def scaled_forward(
-        self, column: Optional[torch.Tensor], row: Optional[torch.Tensor], x: torch.Tensor, *args: Any, **kwargs: Any
+        self,
+        column: Optional[torch.Tensor],
+        row: Optional[torch.Tensor],
+        factor: float,
+        x: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        keep = not any(self.hyperadapt_save_memory.get(name) for name in self.active_adapters)
-        if not args and not kwargs and can_fuse(self.base_layer, x, column, row):
-            return scaled_linear(x, column, row, self.base_layer.weight, self.base_layer.bias, keep)  # type: ignore
-        inputs = x if column is None else scale_input(x, column, self.channel_dims)
-        result = self.base_forward(inputs, *args, **kwargs)
+        """The base layer between scales of the offsets (size,) or (batch, size) from 1, times `factor`."""
+        save_memory = any(self.hyperadapt_save_memory.get(name) for name in self.active_adapters)
+        if column is not None:
+            x = scale(x, self.along_channels(column, x), factor, save_memory=save_memory)
+        result = self.base_forward(x, *args, **kwargs)
         if row is None:
             return result
-        if self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
-        nested = isinstance(self.base_layer, BaseTunerLayer)  # it may drop out at random
+        bias = self.base_bias(result, x, *args, **kwargs)
+        bias = None if bias is None else self.along_channels(bias, result)
+        return scale(result, self.along_channels(row, result), factor, bias, save_memory)
 
-        def again(inputs: torch.Tensor) -> torch.Tensor:
-            if self.quantization_backend is not None:
-                # for an input without gradient bitsandbytes may pack the weight, which this backward still needs as it is
-                inputs = inputs.detach().requires_grad_()
-            return self.base_layer(inputs, *args, **kwargs)
-
-        return scale_output(
-            result,
-            row,
-            bias=self.base_bias(result, x, *args, **kwargs),
-            again=None if nested else again,
-            inputs=(x, column),
-            channel_dims=self.channel_dims,
-            in_place=type(self.base_layer) in FRESH and not self.base_layer._forward_hooks,
-            keep=keep,
-        )
+    def along_channels(self, vector: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Shape (size,) or (batch, size) so that it broadcasts to the channels of x."""
+        if self.channel_dims:
+            vector = vector.reshape(*vector.shape, *(1,) * self.channel_dims)
+        if vector.dim() == self.channel_dims + 1:
+            return vector
+        return vector.reshape(len(vector), *(1,) * (x.dim() - vector.dim()), *vector.shape[1:])
 
     def base_bias(self, result: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> Optional[torch.Tensor]:
         """The base layer's bias, (size,)."""
         bias = getattr(self.get_base_layer(), "bias", None)
+        if callable(bias):  # of torch's own quantized layers
+            bias = bias()
         if bias is None:
             return None
         if bias.device != result.device or bias.numel() != self.out_features:
@@ -277,10 +278,10 @@ class Embedding(HyperAdaptLayer):
 
     def adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         result = self.base_layer(x, *args, **kwargs)
-        row, column = self.active_offset(self.hyperadapt_row), self.active_offset(self.hyperadapt_column)
+        column, row, factor = self.active_scales()
         if row is not None:
-            result = scale(result, F.embedding(x, row[:, None]))
-        return result if column is None else scale(result, column)
+            result = scale(result, F.embedding(x, row[:, None]), factor)
+        return result if column is None else scale(result, column, factor)
 
     def mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: BatchNames, **kwargs: Any
