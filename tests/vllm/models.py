@@ -27,7 +27,6 @@ CONFIGS = {
     "qwen2": lambda: tf.Qwen2Config(**GROUPED),
     "phi3": lambda: tf.Phi3Config(**GROUPED),  # one matrix for query, key and value in the checkpoint, too
     "opt": lambda: tf.OPTConfig(**SIZES, ffn_dim=96, word_embed_proj_dim=128),
-    "gpt_neox": lambda: tf.GPTNeoXConfig(**SIZES, intermediate_size=96),
 }
 PROMPTS = [[3, 5, 7, 9, 11], [4, 8, 15, 16, 23, 42]]
 TOKENS = 8

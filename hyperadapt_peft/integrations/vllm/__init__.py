@@ -37,12 +37,11 @@ NAMES = {
     "vllm.lora.model_manager": (
         "LRUCacheLoRAModelManager._create_lora_modules",
         "LRUCacheLoRAModelManager._get_punica_wrapper",
-        "LRUCacheLoRAModelManager._match_target_modules",
         "LRUCacheLoRAModelManager._register_packed_modules",
         "LRUCacheLoRAModelManager.register_module",
     ),
     "vllm.lora.punica_wrapper.punica_base": ("PunicaWrapperBase.update_metadata",),
-    "vllm.lora.utils": ("get_adapter_absolute_path", "replace_submodule"),
+    "vllm.lora.utils": ("get_adapter_absolute_path", "is_in_target_modules", "replace_submodule"),
     "vllm.lora.worker_manager": (
         "LRUCacheWorkerLoRAManager._load_adapter",
         "LRUCacheWorkerLoRAManager._manager_cls",

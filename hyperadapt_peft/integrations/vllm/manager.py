@@ -13,7 +13,7 @@ from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
-from vllm.lora.utils import get_adapter_absolute_path, replace_submodule
+from vllm.lora.utils import get_adapter_absolute_path, is_in_target_modules, replace_submodule
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.models.utils import PPMissingLayer
 
@@ -43,7 +43,8 @@ class HyperAdaptModelManager(LRUCacheLoRAModelManager):
                 continue
             parts = self.packed_modules_mapping.get(name.rpartition(".")[2], [])
             wrapper = self._get_punica_wrapper(name)
-            if wrapper is None or not self._match_target_modules(name):
+            named = is_in_target_modules(name, self.lora_config.target_modules, self.packed_modules_mapping)
+            if wrapper is None or not named:
                 continue
             layer = adapted_layer(name, module, parts, self.lora_config)
             if layer is None:

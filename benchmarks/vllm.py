@@ -1,0 +1,154 @@
+"""Many adapters in vLLM, each request with its own: HyperAdapt beside LoRA of ranks 1 and 8, and no adapters at all.
+
+    python -m benchmarks.embedded smollm2
+    .venv-vllm/bin/python -m benchmarks.vllm [--adapters 1 8 64] [--rounds 3]
+
+SmolLM2-135M in bfloat16, 64 requests of 32 tokens that each get 16 more, spread evenly over the adapters. All engines live
+at once, each in a process of its own with one thread, and are measured in turn; the numbers are medians over the rounds.
+Rates are by seconds of the engine's processor time, which a shared machine disturbs less than the clock; the time to the
+first token is by the clock, of one request of 128 tokens. On CPUs vLLM's LoRA gathers whole matrices for each token, on
+GPUs it has kernels: LoRA's rates here say nothing about GPUs. `make test-vllm` sets up the environment. Writes
+benchmarks/results/vllm.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from benchmarks.embedded import DIRECTORY
+from hyperadapt_peft import HyperAdaptConfig
+
+
+REQUESTS, PROMPT, TOKENS, LONG_PROMPT = 64, 32, 16, 128
+METHODS = {
+    "HyperAdapt": lambda: HyperAdaptConfig(init_weights=False, alpha=0.1),
+    "LoRA r=1": lambda: LoraConfig(r=1, target_modules="all-linear", init_lora_weights=False),
+    "LoRA r=8": lambda: LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False),
+}
+
+
+def save_adapters(model: str, directory: Path, count: int) -> None:
+    """Save that many directories of each method; the values, which change no timing, are the same."""
+    for method, config in METHODS.items():
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config())
+        adapted.save_pretrained(directory / method / "0")
+        for i in range(1, count):
+            (directory / method / str(i)).symlink_to(directory / method / "0")
+
+
+class Engine:
+    """A vLLM engine in a process of its own, and the processor time that process has taken."""
+
+    def __init__(self, model: str, method: str | None, slots: int) -> None:
+        from vllm import LLM
+
+        before = set(psutil.Process().children(recursive=True))
+        start = time.perf_counter()
+        settings: dict = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": REQUESTS, "seed": 0}
+        if method is not None:
+            rank = 8 if method == "LoRA r=8" else 1
+            settings |= {"enable_lora": True, "max_loras": slots, "max_lora_rank": rank}
+            settings["additional_config"] = {"hyperadapt": True} if method == "HyperAdapt" else {}
+        self.llm = LLM(model, dtype="bfloat16", skip_tokenizer_init=True, enable_prefix_caching=False, **settings)
+        self.seconds_to_start = time.perf_counter() - start
+        self.processes = set(psutil.Process().children(recursive=True)) - before
+        self.memory = sum(process.memory_info().rss for process in self.processes)
+
+    def processor_time(self) -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in self.processes)
+
+    def generate(self, requests: int, prompt: int, tokens: int, adapters: list) -> tuple[float, float]:
+        """Return the seconds by the clock and of the processor that a batch takes."""
+        from vllm import SamplingParams
+
+        prompts = [{"prompt_token_ids": [(7 * i + j) % 1000 + 3 for j in range(prompt)]} for i in range(requests)]
+        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        chosen = [adapters[i % len(adapters)] for i in range(requests)]
+        clock, processor = time.perf_counter(), self.processor_time()
+        self.llm.generate(prompts, sampling, lora_request=chosen, use_tqdm=False)
+        return time.perf_counter() - clock, self.processor_time() - processor
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.vllm", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default=str(DIRECTORY / "smollm2"), help="a directory")
+    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 64], help="distinct adapters in a batch")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "vllm.json")
+    args = parser.parse_args()
+
+    os.environ.update(
+        VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"
+    )
+    import vllm
+    from vllm.lora.request import LoRARequest
+
+    slots = max(*args.adapters, 1)
+    with tempfile.TemporaryDirectory() as temporary:
+        save_adapters(args.model, Path(temporary), slots)
+        engines = {method: Engine(args.model, method, slots) for method in (None, *args.methods)}
+        variants = [(None, 0), *((method, count) for method in args.methods for count in args.adapters)]
+        rates: dict = {variant: [] for variant in variants}
+        first: dict = {variant: [] for variant in variants}
+        for round in range(args.rounds + 1):
+            tokens = TOKENS if round else 1  # the first round loads the adapters
+            for method, count in variants:
+                paths = [Path(temporary) / method / str(i) for i in range(count)] if method else []
+                adapters = [LoRARequest(path.name, i, str(path)) for i, path in enumerate(paths, 1)] or [None]
+                engine = engines[method]
+                _, seconds = engine.generate(REQUESTS, PROMPT, tokens, adapters)
+                clock, _ = engine.generate(1, LONG_PROMPT, 1, adapters)
+                if round:
+                    rates[method, count].append(REQUESTS * TOKENS / seconds)
+                    first[method, count].append(1000 * clock)
+                print(round, method, count, f"{REQUESTS * tokens / seconds:.0f} tokens/s", flush=True)
+
+    base = statistics.median(rates[None, 0])
+    results = {
+        "command": " ".join(["python", "-m", "benchmarks.vllm", *sys.argv[1:]]),
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, 1 thread of {os.cpu_count()}, load {os.getloadavg()[0]:.0f}",
+        "rounds": args.rounds,
+        "slots": slots,
+        "variants": [
+            {
+                "method": method or "no adapters enabled",
+                "adapters": count,
+                "tokens per processor second": round_to(statistics.median(rates[method, count])),
+                "of the engine without adapters": round_to(statistics.median(rates[method, count]) / base),
+                "ms to the first token": round_to(statistics.median(first[method, count])),
+            }
+            for method, count in variants
+        ],
+        "engines": [
+            {
+                "method": method or "no adapters enabled",
+                "seconds to start": round_to(engine.seconds_to_start),
+                "bytes of memory": engine.memory,
+            }
+            for method, engine in engines.items()
+        ],
+    }
+    args.output.write_text(json.dumps(results, indent=2) + "\n")
+    return 0
+
+
+def round_to(value: float, digits: int = 3) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
