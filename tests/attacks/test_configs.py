@@ -30,7 +30,7 @@ WRONG = {
     "modules_to_save": ["lm_head", 1, {}, True, [1], [None], [""], ["("]],
     "layers_to_transform": ["0", 1.0, {}, True, [True], ["0"], [[0]], -1, [0, -1], 2**31],
     "layers_pattern": [1, {}, True, [1], [None], ["("], [""]],
-    "trainable_token_indices": ["0", 1.0, True, [True], [[1]], [-1], [2**70], {"embed_tokens": "1"}, {"embed_tokens": [-1]}],
+    "trainable_token_indices": ["0", 1, [], {"embed_tokens": 1}, {"embed_tokens": []}, {"embed_tokens": None}, 1.0, True, [True], [[1]], [-1], [2**70], {"embed_tokens": "1"}, {"embed_tokens": [-1]}],
     "format_version": ["1", 1.0, 0, -1, 2**31, True, [], {}],
     "target_parameters": ["down_proj", 1, {}, True, [1], [None]],
     "save_memory": ["yes", 0, 1, None, [], {}],

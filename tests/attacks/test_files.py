@@ -284,6 +284,11 @@ def test_after_an_unread_file_the_good_one_loads(good, bad, error, monkeypatch):
     model.set_adapter("second")
     assert torch.equal(model(**batch).logits, expected)
 
+    model = build("llama")[0]
+    with pytest.raises(SafetensorError):
+        PeftModel.from_pretrained(model, bad, low_cpu_mem_usage=True)  # tensors without values
+    assert torch.equal(PeftModel.from_pretrained(model, good, low_cpu_mem_usage=True)(**batch).logits, expected)
+
 
 def test_a_refused_load_over_an_adapter_that_is_there_keeps_it(good, bad):
     """Such as a trained one, into which the Trainer loads its best checkpoint."""

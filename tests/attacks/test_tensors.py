@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftMixedModel, get_peft_model
 from safetensors.torch import save_file
 
 from ..tiny import build
@@ -17,6 +17,7 @@ from .attack import (
     read_tensors,
     save_good,
     tensors,
+    untouched,
     weights,
 )
 
@@ -200,3 +201,21 @@ def test_saved_modules_are_checked_too(tmp_path, entry, value, error, says):
             state[key] = torch.zeros(3, 3) if value is None else state[key].fill_(value)
 
     check_refused(Attack(spoil, error, says, ()), entry, tmp_path / "good", tmp_path / "bad")
+
+
+@pytest.mark.parametrize("beside", ["nothing", "lora"])
+def test_mixed_models_too(good, bad, beside):
+    a_tensor_is_missing(bad)
+    model = build("llama")[0]
+    if beside == "nothing":
+        with untouched(model), pytest.raises(ValueError, match="lacks the tensor"):
+            PeftMixedModel.from_pretrained(model, bad)
+        return
+    mixed = get_peft_model(
+        model, LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False), mixed=True
+    )
+    mixed.eval()
+    with untouched(mixed), pytest.raises(ValueError, match="lacks the tensor"):
+        mixed.load_adapter(bad, "second")
+    mixed.load_adapter(good, "second")
+    assert list(mixed.peft_config) == ["default", "second"]

@@ -214,7 +214,7 @@ def test_bias_is_trained_on_request():
         ("layers_to_transform", "1", "`layers_to_transform` must be an int or a list of int"),
         ("layers_to_transform", [True], "`layers_to_transform` must be an int or a list of int"),
         ("layers_pattern", "h", "`layers_to_transform` must also be specified"),
-        ("trainable_token_indices", {"embed": ["a"]}, "`trainable_token_indices` must be an int or a list of int"),
+        ("trainable_token_indices", {"embed": ["a"]}, "`trainable_token_indices` must be a list of int"),
     ],
 )
 def test_config_fields_are_checked(field, value, message):

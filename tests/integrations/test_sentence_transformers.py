@@ -9,8 +9,8 @@ from ..tiny import build
 from .conftest import sentence, tiny_tokenizer
 
 
-st = pytest.importorskip("sentence_transformers", reason="needs the extra `neighbours`")
-losses = pytest.importorskip("sentence_transformers.losses", reason="needs the extra `neighbours`")
+st = pytest.importorskip("sentence_transformers", reason="needs the extra `test`")
+losses = pytest.importorskip("sentence_transformers.losses", reason="needs the extra `test`")
 
 SENTENCES = [sentence(i) for i in range(5)]
 

@@ -11,7 +11,7 @@ from ..tiny import build
 from .conftest import sentence, tiny_tokenizer
 
 
-trl = pytest.importorskip("trl", reason="needs the extra `neighbours`")
+trl = pytest.importorskip("trl", reason="needs the extra `test`")
 
 ARGUMENTS = {
     "max_steps": 3,

@@ -124,10 +124,14 @@ class TargetConfig(PeftConfig):
         instance_of(self.inference_mode, "inference_mode", bool)
         one_of(self.init_weights, "init_weights", (True, False))
         one_of(self.bias, "bias", ("none", "all", f"{PeftType(self.peft_type).value.lower()}_only"))
-        integers(self.layers_to_transform, "layers_to_transform")
+        layers = self.layers_to_transform
+        if layers is not None:
+            indices([layers] if type(layers) is int else layers, "layers_to_transform", "an int or a list of int")
         tokens = self.trainable_token_indices
-        for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
-            integers(indices, "trainable_token_indices")
+        for ids in tokens.values() if isinstance(tokens, dict) else () if tokens is None else (tokens,):
+            indices(ids, "trainable_token_indices", "a list of int")
+            if not ids:
+                raise ValueError("`trainable_token_indices` must not be empty; None means no tokens.")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:
@@ -191,17 +195,16 @@ def names_or_regex(value: Any, name: str) -> Union[set[str], str, None]:
     return value
 
 
-def integers(value: Any, name: str) -> None:
-    """Check that `value` is None, an index or a list of indices.
+def indices(value: Any, name: str, expected: str) -> None:
+    """Check that `value` is a list of indices.
 
     Raises:
-        TypeError: If it is anything else (bool is not an int here).
+        TypeError: If it is anything else (bool is not an int here); the message says what was `expected`.
         ValueError: If an index is negative or too large for any model.
     """
-    items = value if isinstance(value, (list, tuple, set)) else [0 if value is None else value]
-    if not all(type(item) is int for item in items):
-        raise TypeError(f"`{name}` must be an int or a list of int, not {value!r}.")
-    if not all(0 <= item < 2**31 for item in items):
+    if not isinstance(value, (list, tuple, set)) or not all(type(item) is int for item in value):
+        raise TypeError(f"`{name}` must be {expected}, not {value!r}.")
+    if not all(0 <= item < 2**31 for item in value):
         raise ValueError(f"`{name}` must have no negative or huge indices, not {value!r}.")
 
 
