@@ -169,8 +169,8 @@ def unpack_fashion_mnist(deb: Path, target: Path) -> None:
         "validation": (images[held_out:], labels[held_out:]),
         "test": test,
     }
-    for split, (pixels, numbers) in splits.items():
-        rows = {"image": list(pixels), "label": numbers.tolist()}
+    for split, (pixels, targets) in splits.items():
+        rows = {"image": list(pixels), "label": targets.tolist()}
         Dataset.from_dict(rows, features=features).to_parquet(target / f"{split}.parquet")
 
 
