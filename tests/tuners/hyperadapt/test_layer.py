@@ -1,10 +1,11 @@
 """HyperAdapt against dense algebra: every layer kind, its gradients, its rank, its merge."""
 
 import copy
+import io
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -205,3 +206,72 @@ def test_embedding_scale_and_max_norm_stay_the_base_layers():
     )
     ids = tokens(4)
     torch.testing.assert_close(model(ids), dense(layer, model)(ids), rtol=1e-12, atol=1e-12)
+
+
+def traced(model, x):
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, x), file)
+    file.seek(0)
+    return torch.jit.load(file)(x)
+
+
+def to_onnx(model, x):
+    onnx = pytest.importorskip("onnx")
+    from onnx.reference import ReferenceEvaluator
+
+    file = io.BytesIO()
+    torch.onnx.export(model, (x,), file, dynamo=False)
+    graph = onnx.load_from_string(file.getvalue())
+    return torch.from_numpy(ReferenceEvaluator(graph).run(None, {graph.graph.input[0].name: x.numpy()})[0])
+
+
+def compiled(model, x):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    output = compiled(x)
+    output.sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+    return output
+
+
+EXPORTS = {
+    "trace": traced,
+    "onnx": to_onnx,
+    "export": lambda model, x: torch.export.export(model, (x,)).module()(x),
+    "compile": compiled,
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", ["linear", "linear-no-bias", "conv1d-transformers", "embedding", "conv2d-groups"])
+@pytest.mark.parametrize("export", EXPORTS.values(), ids=EXPORTS)
+def test_exported_without_merging(export, name):
+    layer, model, x = adapt(name, torch.float32)
+    expected = model(x).detach()
+    assert not torch.allclose(layer(x), expected, atol=1e-2)
+    got = export(model.base_model.model, x)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", ["linear", "linear-no-bias"])
+def test_quantized_by_torch_afterwards(name):
+    layer, model, x = adapt(name, torch.float32)
+    expected = model(x).detach()
+    quantized = torch.ao.quantization.quantize_dynamic(model.base_model.model, {nn.Linear})
+    assert not isinstance(quantized.layer.get_base_layer(), nn.Linear)
+    error = (quantized(x) - expected).abs().max()
+    assert 0 < error < 0.05 * expected.abs().max() and error < 0.2 * (layer(x) - expected).abs().max()
+
+
+def test_a_complex_layer_saves_loads_and_merges(tmp_path):
+    torch.manual_seed(0)
+    base = Wrapper(nn.Linear(4, 3, dtype=torch.complex64))
+    model = get_peft_model(copy.deepcopy(base), HyperAdaptConfig(target_modules=["layer"], init_weights=False))
+    x = torch.randn(2, 4, dtype=torch.complex64)
+    expected = model(x)
+    torch.testing.assert_close(dense(base.layer, model)(x), expected)
+    model.save_pretrained(tmp_path)
+    fresh = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.equal(fresh(x), expected)
+    torch.testing.assert_close(fresh.merge_and_unload()(x), expected)
