@@ -135,6 +135,12 @@ class TargetModel(AtomicInjection, AtomicMerging):
         new_module.train(target.training)
         self._replace_module(parent, target_name, new_module, target)
 
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        try:
+            return super()._get_module_names_tied_with_embedding()
+        except NotImplementedError:  # of a model without input embeddings
+            return []
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # The layer has moved its adapter to the base layer's device already, and unloading restores the base layer
         # itself: none of the base class's repairs apply, and they break TrainableTokensWrapper.

@@ -102,6 +102,10 @@ def refusal(model: nn.Module, key: str) -> Optional[str]:
     layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     if not has_known_forward(layer):
         return f"the forward of {type(layer).__qualname__} is its own, and what an adapter would do there is not known"
+    parent = model.get_submodule(key.rpartition(".")[0])
+    lists = [value for value in vars(parent).values() if isinstance(value, (list, tuple))]
+    if any(item is layer for value in lists for item in value):
+        return "the module around it calls it from a list of its own, where an adapter would not be"
     if is_read_uncalled(model, key):
         return "a module around it reads its weight without calling it, so an adapter on it would be ignored"
     return None

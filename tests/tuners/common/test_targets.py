@@ -194,6 +194,28 @@ def test_reading_is_told_from_asking():
     assert {n for n in names if is_read_uncalled(model, f"parent.{n}")} == {"helped", "named", "handed", "listed.0"}
 
 
+class Block(nn.Module):
+    """Calls its children from a list of its own, as MaskFormer's heads do."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = [nn.Linear(4, 4), nn.ReLU()]
+        for i, layer in enumerate(self.steps):
+            self.add_module(str(i), layer)
+
+    def forward(self, x):
+        for layer in self.steps:
+            x = layer(x)
+        return x
+
+
+def test_a_layer_that_is_called_from_a_list_is_left_out_and_refused_when_named():
+    with pytest.warns(UserWarning, match="calls it from a list of its own"):
+        assert targets(nn.ModuleDict({"block": Block(), "fine": nn.Linear(4, 4)})) == {"fine"}
+    with pytest.raises(ValueError, match="block.0 is not supported: the module around it calls it from a list"):
+        get_peft_model(nn.ModuleDict({"block": Block()}), HyperAdaptConfig(target_modules=["block.0"]))
+
+
 # heads
 
 
@@ -292,6 +314,17 @@ def test_distillation_heads_are_no_targets():
     config = tf.DeiTConfig(**{k: v for k, v in VISION.items() if k != "projection_dim"})
     names = targets(tf.DeiTForImageClassificationWithTeacher(config))
     assert len(names) == 12 and not any("classifier" in name for name in names)
+
+
+def test_a_model_with_tied_weights_and_no_embeddings_can_be_adapted():
+    resnet = tf.ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"]
+    )
+    config = tf.DabDetrConfig(
+        backbone_config=resnet, hidden_size=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, num_queries=4,
+    )  # fmt: skip
+    assert targets(tf.DabDetrForObjectDetection(config))
 
 
 # exactly these targets
