@@ -25,4 +25,4 @@ class Circulant(Structure):
         return wrapped(a * b, 1, out_features, in_features)
 
     def fft_matmul(self, x: Tensor, a: Tensor, b: Tensor, out_features: int) -> Tensor:
-        return convolve(x.unsqueeze(-2), (a * b)[:, None, None], out_features, 1).squeeze(-2)
+        return convolve(x.unsqueeze(-2), (a * b)[..., None, None, :], out_features, 1).squeeze(-2)

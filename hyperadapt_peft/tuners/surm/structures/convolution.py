@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -14,13 +15,13 @@ def convolve(x: Tensor, v: Tensor, out_features: int, f: int) -> Tensor:
     """Return `y_o = sum_i Z_f(v_oi) x_i`, by FFTs.
 
     Args:
-        x (`Tensor`): (batch, tokens, i, in), in <= n.
-        v (`Tensor`): (batch, o, i, n).
+        x (`Tensor`): ((batch,) tokens, i, in), in <= n.
+        v (`Tensor`): ((batch,) o, i, n).
         out_features (`int`): out <= n.
         f (`int`): 1 or -1.
 
     Returns:
-        `Tensor`: (batch, tokens, o, out).
+        `Tensor`: ((batch,) tokens, o, out).
     """
     return _Convolution.apply(x, v, out_features, f)[0]
 
@@ -41,30 +42,33 @@ class _Convolution(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         x, v, _, f = inputs
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # of the spectra
         ctx.save_for_backward(*output[1:])
         ctx.in_features, ctx.n, ctx.f = x.shape[-1], v.shape[-1], f
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor, *_):
+    def backward(ctx, grad: Optional[Tensor], *_):
+        if grad is None:
+            return None, None, None, None
         x_spectrum, v_spectrum = ctx.saved_tensors
         n, f = ctx.n, ctx.f
         grad_spectrum = _spectrum(grad, n, f)
         grad_x = grad_v = None
         if ctx.needs_input_grad[0]:
-            adjoint = v_spectrum.conj().transpose(1, 2)
+            adjoint = v_spectrum.conj().transpose(-3, -2)
             grad_x = _signal(_mix(grad_spectrum, adjoint), n, f)[..., : ctx.in_features]
         if ctx.needs_input_grad[1]:
-            correlation = torch.linalg.vecdot(x_spectrum.unsqueeze(2), grad_spectrum.unsqueeze(3), dim=1)
+            correlation = torch.linalg.vecdot(x_spectrum.unsqueeze(-3), grad_spectrum.unsqueeze(-2), dim=-4)
             grad_v = _signal(correlation, n, f)
         return grad_x, grad_v, None, None
 
 
 def _mix(x: Tensor, v: Tensor) -> Tensor:
-    """Sum over the input channels: (batch, tokens, i, k) and (batch, o, i, k) to (batch, tokens, o, k)."""
-    if v.shape[2] == 1:
-        return x * v[:, None, :, 0]
-    return (x.unsqueeze(2) * v.unsqueeze(1)).sum(-2)
+    """Sum over the input channels: (..., tokens, i, k) and (..., o, i, k) to (..., tokens, o, k)."""
+    if v.shape[-2] == 1:
+        return x * v[..., 0, :].unsqueeze(-3)
+    return (x.unsqueeze(-3) * v.unsqueeze(-4)).sum(-2)
 
 
 def _spectrum(x: Tensor, n: int, f: int) -> Tensor:

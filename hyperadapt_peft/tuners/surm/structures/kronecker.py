@@ -27,7 +27,7 @@ class Kronecker(Structure):
 
     def dense_matmul(self, x: Tensor, a: Tensor, b: Tensor, out_features: int) -> Tensor:
         """x as a matrix X (q, in / q) goes to A X B^T; the cheaper side goes first."""
-        (p, q), (r, s) = a.shape[1:], b.shape[1:]
+        (p, q), (r, s) = a.shape[-2:], b.shape[-2:]
         x = x.unflatten(-1, (q, s))
         if s * (q + r) * p <= q * (s + p) * r:
             y = _times(_times(x.transpose(-2, -1), a).transpose(-2, -1), b)
@@ -37,8 +37,8 @@ class Kronecker(Structure):
 
 
 def _times(x: Tensor, matrix: Tensor) -> Tensor:
-    """(batch, tokens, m, n) times the transpose of (batch, k, n): (batch, tokens, m, k)."""
-    return (x.flatten(1, 2) @ matrix.transpose(-2, -1)).unflatten(1, (-1, x.shape[2]))
+    """((batch,) tokens, m, n) times the transpose of ((batch,) k, n): ((batch,) tokens, m, k)."""
+    return (x.flatten(-3, -2) @ matrix.transpose(-2, -1)).unflatten(-2, (-1, x.shape[-2]))
 
 
 @cache

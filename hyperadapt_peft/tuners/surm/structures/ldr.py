@@ -29,5 +29,5 @@ class LDR(Structure):
 
     def fft_matmul(self, x: Tensor, a: Tensor, b: Tensor, out_features: int) -> Tensor:
         # one input channel to rank channels and back to one: x is transformed once, the sum is taken in the spectrum
-        skew = convolve(x.unsqueeze(-2), b.unsqueeze(2), a.shape[-1], -1)
-        return convolve(skew, a.unsqueeze(1), out_features, 1).squeeze(-2)
+        skew = convolve(x.unsqueeze(-2), b.unsqueeze(-2), a.shape[-1], -1)
+        return convolve(skew, a.unsqueeze(-3), out_features, 1).squeeze(-2)

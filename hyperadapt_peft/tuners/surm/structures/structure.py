@@ -47,10 +47,8 @@ class Structure:
         Returns:
             `Tensor`: (..., out) in the dtype of x.
         """
-        if a.dim() == self.factor_dims:
-            a, b = a.unsqueeze(0), b.unsqueeze(0)
         dtype = torch.promote_types(torch.promote_types(x.dtype, a.dtype), torch.float32)
-        z, a, b = x.to(dtype).reshape(len(a), -1, x.shape[-1]), a.to(dtype), b.to(dtype)
+        z, a, b = x.to(dtype).reshape(*a.shape[: -self.factor_dims], -1, x.shape[-1]), a.to(dtype), b.to(dtype)
         # ONNX has no complex numbers, tracing makes tensors of sizes, and the FFT library refuses empty batches
         exported = torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
         use_dense = max(out_features, x.shape[-1]) <= self.dense_up_to or exported or z.numel() == 0
@@ -58,9 +56,9 @@ class Structure:
         return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
 
     def dense_matmul(self, x: Tensor, a: Tensor, b: Tensor, out_features: int) -> Tensor:
-        """`matmul` of x (batch, tokens, in) and factors with a batch dimension, by building the matrix."""
+        """`matmul` of x ((batch,) tokens, in) by building the matrix."""
         return x @ self.dense(a, b, out_features, x.shape[-1]).transpose(-2, -1)
 
     def fft_matmul(self, x: Tensor, a: Tensor, b: Tensor, out_features: int) -> Tensor:
-        """`matmul` of x (batch, tokens, in) and factors with a batch dimension, by FFTs."""
+        """`matmul` of x ((batch,) tokens, in) by FFTs."""
         raise NotImplementedError

@@ -50,9 +50,9 @@ class Toeplitz(Structure):
         """One Toeplitz product, as a block of a circulant one wide enough that nothing wraps into it."""
         columns = x.shape[-1]
         upper, lower = self._diagonals(t, rows, columns).tensor_split([columns - 1], dim=-1)
-        padding = lower.new_zeros(len(t), _fast_length(rows + columns - 1) - rows - columns + 1)
+        padding = lower.new_zeros(*t.shape[:-1], _fast_length(rows + columns - 1) - rows - columns + 1)
         first_column = torch.cat([lower, padding, upper], dim=-1)
-        return convolve(x.unsqueeze(-2), first_column[:, None, None], rows, 1).squeeze(-2)
+        return convolve(x.unsqueeze(-2), first_column[..., None, None, :], rows, 1).squeeze(-2)
 
 
 def _fast_length(n: int) -> int:
