@@ -10,7 +10,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,24 +50,7 @@ BLOCKS = {"ROAD": ("group_size", 64), "C3A": ("block_size", 256)}  # the default
 REPEATS = 3  # of loading and merging
 
 
-@dataclass
-class BenchmarkCase:
-    """A model in training, and its optimizer; a frozen one has none."""
-
-    model: Any
-    optimizer: torch.optim.Optimizer | None
-
-    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self.model(**batch).loss
-
-    def step(self, batch: dict[str, torch.Tensor]) -> None:
-        self.backward(self.forward(batch))
-
-    def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
-        if self.optimizer is not None:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+Setup = tuple[Any, torch.optim.Optimizer | None]  # a model in training, and its optimizer; a frozen one has none
 
 
 def bench(
@@ -125,12 +107,12 @@ def bench(
     base = build(config, kind, dtype)
     batch = make_batch(base, batch_size, sequence_length)
     names = dict.fromkeys([FROZEN, *methods])
-    cases = {name: _build_case(name, base, kind) for name in tqdm(names, desc="models", unit="model")}
+    setups = {name: _set_up(name, base, kind) for name in tqdm(names, desc="models", unit="model")}
     rows = []
-    for name, case in (bar := tqdm(cases.items(), desc="memory", unit="method")):
+    for name, setup in (bar := tqdm(setups.items(), desc="memory", unit="method")):
         bar.set_postfix_str(name)
-        rows.append({"method": name, **_measure(case, base, batch)})
-    seconds = _time(cases, batch, rounds)
+        rows.append({"method": name, **_measure(setup, base, batch)})
+    seconds = _time(setups, batch, rounds)
     for row in rows:
         own = seconds[row["method"]]
         ratios = [step / frozen for step, frozen in zip(own, seconds[FROZEN], strict=True)]
@@ -171,12 +153,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _build_case(name: str, base: PreTrainedModel, task: Task) -> BenchmarkCase:
+def _set_up(name: str, base: PreTrainedModel, task: Task) -> Setup:
     section = METHODS[name]
     if name == FROZEN or section is None:
         frozen = _share(base).requires_grad_(False)
         frozen.enable_input_require_grads()
-        return BenchmarkCase(frozen, None)
+        return frozen, None
     linears = _linears(base, task)
     if section["peft_type"] == "FULL":
         model = copy.deepcopy(base).requires_grad_(True)  # its steps change the weights
@@ -189,7 +171,7 @@ def _build_case(name: str, base: PreTrainedModel, task: Task) -> BenchmarkCase:
         with errors_about(name):
             model = get_peft_model(_share(base), peft_config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return BenchmarkCase(model.train(), torch.optim.AdamW(trained, lr=1e-3))
+    return model.train(), torch.optim.AdamW(trained, lr=1e-3)
 
 
 def _share(model: PreTrainedModel) -> PreTrainedModel:
@@ -205,29 +187,36 @@ def _linears(base: PreTrainedModel, task: Task) -> dict[str, tuple[int, int]]:
     return {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
 
 
-def _measure(case: BenchmarkCase, base: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _update(loss: torch.Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+    """What follows the forward pass of a training step."""
+    loss.backward()
+    if optimizer is not None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _measure(setup: Setup, base: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     """A row of the table but for the step's time; two steps are made, which warm up."""
-    model, optimizer = case.model, case.optimizer
+    model, optimizer = setup
     saved = SavedTensors(tensors(model))
     with saved:
-        loss = case.forward(batch)
+        loss = model(**batch).loss
     row: dict[str, Any] = {
         "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "saved_bytes": saved.nbytes(),
     }
-    case.backward(loss)
+    _update(loss, optimizer)
     del loss
     states = [value for state in optimizer.state.values() for value in state.values()] if optimizer else []
     own = stored_bytes(model) - stored_bytes(base) + sum(storages(states).values())
-    row["peak_bytes"] = own + peak_bytes(lambda: case.step(batch))
-    return row | _files(case, base)
+    row["peak_bytes"] = own + peak_bytes(lambda: _update(model(**batch).loss, optimizer))
+    return row | _files(model, base, trained=optimizer is not None)
 
 
-def _files(case: BenchmarkCase, base: PreTrainedModel) -> dict[str, Any]:
+def _files(model: Any, base: PreTrainedModel, trained: bool) -> dict[str, Any]:
     """What saving, loading and merging take; None where there is nothing to save, load or merge."""
-    model = case.model
     row: dict[str, Any] = dict.fromkeys(("adapter_bytes", "load_seconds", "merge_seconds"))
-    if case.optimizer is None:
+    if not trained:
         return row
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
@@ -252,17 +241,18 @@ def _files(case: BenchmarkCase, base: PreTrainedModel) -> dict[str, Any]:
     return row
 
 
-def _time(cases: dict[str, BenchmarkCase], batch: dict[str, torch.Tensor], rounds: int) -> dict[str, list[float]]:
+def _time(setups: dict[str, Setup], batch: dict[str, torch.Tensor], rounds: int) -> dict[str, list[float]]:
     """Method -> the seconds of its step in each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    order, shuffle = list(cases), random.Random(0).shuffle
+    seconds: dict[str, list[float]] = {name: [] for name in setups}
+    order, shuffle = list(setups), random.Random(0).shuffle
     with tqdm(total=rounds * len(order), desc="steps", unit="step") as bar:
         for _ in range(rounds):
             gc.collect()
             shuffle(order)
             for name in order:
+                model, optimizer = setups[name]
                 start = time.perf_counter()
-                cases[name].step(batch)
+                _update(model(**batch).loss, optimizer)
                 seconds[name].append(time.perf_counter() - start)
                 bar.update()
     return seconds

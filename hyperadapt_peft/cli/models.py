@@ -10,9 +10,6 @@ from .errors import RecipeError, errors_about
 from .tasks import Task
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 def load_config(name: str) -> PretrainedConfig:
     """The config of a Hub id, a local directory, a config.json, or `llama`.
 
@@ -34,7 +31,7 @@ def load_config(name: str) -> PretrainedConfig:
 def build(config: PretrainedConfig, task: Task, dtype: str) -> PreTrainedModel:
     """The task's model with random weights, in training mode. Raises RecipeError if the task has none of this type."""
     with errors_about("model"):
-        model = task.auto_model.from_config(config, dtype=DTYPES[dtype])
+        model = task.auto_model.from_config(config, dtype=getattr(torch, dtype))
     model.name_or_path = ""  # with a name, PEFT would ask the Hub about it
     return model.train()
 
