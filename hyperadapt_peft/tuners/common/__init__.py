@@ -1,8 +1,8 @@
 """What the tuners of this package share: targeting, exact merging, refusals."""
 
 from .config import TargetConfig
-from .layer import TargetLayer
+from .layer import AdapterWeight, TargetLayer
 from .model import TargetModel
 
 
-__all__ = ["TargetConfig", "TargetLayer", "TargetModel"]
+__all__ = ["AdapterWeight", "TargetConfig", "TargetLayer", "TargetModel"]

@@ -19,6 +19,22 @@ if TYPE_CHECKING:
     from .mixed_batch import BatchNames
 
 
+class AdapterWeight(nn.Module):
+    """A trained tensor of an adapter, at first of zeros. It is a module so that FSDP, ZeRO and offloading, which act on
+    modules' forwards, see it.
+
+    Args:
+        *shape (`int`): Its shape.
+    """
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight.clone()  # sharded engines free the weight after this call
+
+
 class TargetLayer(nn.Module, BaseTunerLayer):
     """A base layer with adapters. Sub-classes say what an adapter adds: `update_layer`, `adapted_forward`,
     `mixed_batch_forward`, `adapted_weight`.

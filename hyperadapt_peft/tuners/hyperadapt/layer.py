@@ -10,35 +10,19 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ..common import TargetLayer
+from ..common import AdapterWeight, TargetLayer
 from ..common.mixed_batch import BatchNames, read_weight, stack_weights
 from .algebra import Offsets
 from .config import HyperAdaptConfig
 from .functional import scale
 
 
-class Scale(nn.Module):
-    """One scale `1 + alpha * d` per row or per column, stored as d (0 is the identity).
-
-    So a bf16 copy keeps the update's relative precision, weight decay pulls to the identity, and missing values mean the
-    identity. It is a module so that FSDP, ZeRO and offloading, which act on modules' forwards, see it.
-
-    Args:
-        *shape (`int`): The number of rows or columns, after the number of matrices if there are several.
-    """
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(shape))
-
-    def forward(self) -> torch.Tensor:
-        return self.weight.clone()  # sharded engines free the weight after this call
-
-
 class HyperAdaptLayer(TargetLayer):
     """A base layer of weight `W` (n x m) whose rows are scaled by `a` (n) and whose columns by `b` (m).
 
-    Several active adapters multiply their scales, in any order. The bias is not scaled.
+    Several active adapters multiply their scales, in any order. The bias is not scaled. A scale is `1 + alpha * d`, stored
+    as d: so a bf16 copy keeps the update's relative precision, weight decay pulls to the identity, and missing values mean
+    the identity.
     """
 
     adapter_layer_names = ("hyperadapt_row", "hyperadapt_column")
@@ -72,9 +56,9 @@ class HyperAdaptLayer(TargetLayer):
         self.hyperadapt_alpha[adapter_name] = config.alpha
         self.hyperadapt_save_memory[adapter_name] = config.save_memory
         if config.sides != "column":
-            self.hyperadapt_row[adapter_name] = Scale(*self.stack_shape, self.num_rows)
+            self.hyperadapt_row[adapter_name] = AdapterWeight(*self.stack_shape, self.num_rows)
         if config.sides != "row":
-            self.hyperadapt_column[adapter_name] = Scale(*self.stack_shape, self.num_columns)
+            self.hyperadapt_column[adapter_name] = AdapterWeight(*self.stack_shape, self.num_columns)
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

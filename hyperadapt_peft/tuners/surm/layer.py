@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ..common import TargetLayer
-from ..common.mixed_batch import BASE, BatchNames, stack_weights
+from ..common import AdapterWeight, TargetLayer
+from ..common.mixed_batch import BASE, BatchNames, read_weight, stack_weights
 from .config import SurmConfig
 from .structures import Structure, get_structure
 
@@ -20,17 +20,6 @@ from .structures import Structure, get_structure
 # Standard deviation of B at the start. With A's steps of the learning rate's size, the update's entries then grow by
 # about a tenth of it to once it per step, as LoRA's do.
 RANDOM_STD = {"circulant": 0.1, "kronecker": 0.1, "toeplitz": 0.02, "ldr": 0.02}
-
-
-class Factor(nn.Module):
-    """A trained tensor; a module so that FSDP, ZeRO and offloading, which act on modules' forwards, see it."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(shape))
-
-    def forward(self) -> torch.Tensor:
-        return self.weight.clone()  # sharded engines free the weight after this call
 
 
 class SurmLayer(TargetLayer):
@@ -56,10 +45,10 @@ class SurmLayer(TargetLayer):
         self.surm_config[adapter_name] = config
         self.surm_structure[adapter_name] = get_structure(config.structure, config.r, config.symmetric)
         a, b = self.surm_structure[adapter_name].factor_shapes(*self.matrix_shape(adapter_name))
-        self.surm_A[adapter_name] = Factor(*a)
-        self.surm_B[adapter_name] = Factor(*b)
+        self.surm_A[adapter_name] = AdapterWeight(*a)
+        self.surm_B[adapter_name] = AdapterWeight(*b)
         if config.placement == "sequential":
-            self.surm_bias[adapter_name] = Factor(self.out_features)
+            self.surm_bias[adapter_name] = AdapterWeight(self.out_features)
         self.surm_dropout[adapter_name] = nn.Dropout(config.surm_dropout) if config.surm_dropout else nn.Identity()
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -103,9 +92,9 @@ class Linear(SurmLayer):
         result = self.base_forward(x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.surm_config]
         for name in sorted(names, key=lambda name: self.surm_config[name].placement == "sequential"):
-            bias = self.surm_bias[name]() if name in self.surm_bias else None
-            factors = self.gain(name) * self.surm_A[name](), self.surm_B[name](), bias, self.scaling[name]
-            result = self.add_update(result, x, name, factors)
+            parts: Any = [read_weight(part, name) for part in (self.surm_A, self.surm_B, self.surm_bias)]
+            a, b, bias = parts
+            result = self.add_update(result, x, name, (self.gain(name) * a, b, bias, self.scaling[name]))
         return result
 
     def mixed_batch_forward(
