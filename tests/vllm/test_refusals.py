@@ -103,6 +103,25 @@ def test_the_engine_goes_on_after_a_refusal(engine, model, tmp_path):
     assert_equal(generate(engine, requests), expected)
 
 
+def test_layers_of_other_kinds_are_left_alone(engine):
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    from hyperadapt_peft.integrations.vllm.layers import adapted_layer
+
+    class OwnProduct(ReplicatedLinear):
+        pass
+
+    with set_current_vllm_config(engine.llm_engine.vllm_config):
+        layer, other, convolution = ReplicatedLinear(8, 8), OwnProduct(8, 8), ReplicatedLinear(8, 8)
+        convolution.weight.data = convolution.weight.data[:, None]
+        settings = engine.llm_engine.vllm_config.lora_config
+        assert adapted_layer("mlp.gate", layer, [], settings).base_layer is layer
+        assert adapted_layer("mlp.gate", other, [], settings) is None
+        assert adapted_layer("mixer.conv1d", convolution, [], settings) is None
+        assert adapted_layer("self_attn.kv_b_proj", layer, [], settings) is None
+
+
 def test_a_vllm_without_a_name_is_told(monkeypatch):
     plugin.check_names()
     monkeypatch.setitem(plugin.NAMES, "vllm.lora.utils", ("gone_from_here",))
