@@ -72,8 +72,8 @@ class TargetModel(AtomicInjection, AtomicMerging):
         if config.target_modules is not None and config.target_modules != "all-linear":
             return
         names = (cls.all_linear if config.target_modules else cls.default_targets)(config, model)
-        ends = heads(model)
-        names = {name for name in names if is_selected(config, name) and name.partition(".")[0] not in ends}
+        ends = tuple(f"{head}." for head in heads(model))
+        names = {name for name in names if is_selected(config, name) and not f"{name}.".startswith(ends)}
         refused = {name: reason for name in names if (reason := refusal(model, name))}
         for reason in sorted(set(refused.values())):
             like = sorted({re.sub(r"\b\d+\b", "*", name) for name in refused if refused[name] == reason})

@@ -66,12 +66,20 @@ def target_exactly(names: set[str], config: TargetConfig, model: nn.Module) -> N
 
 
 def heads(model: nn.Module) -> set[str]:
-    """Return the names of the children in which a model ends: what it has beside its base model, or the usual ones."""
-    children = {name for name, child in model.named_children() if next(child.parameters(), None) is not None}
-    base = model.base_model if isinstance(model, PreTrainedModel) else model
-    if base is model:
-        return children & _USUAL_HEADS
-    return {name for name in children if getattr(model, name) is not base}
+    """Return the names of the modules in which a model ends, or one of transformers' models inside it.
+
+    They are what a head model has beside its base model; of a model that is no head model, children with usual names.
+    """
+    found = {name for name, _ in model.named_children() if name in _USUAL_HEADS}
+    for key, module in model.named_modules():
+        base = module.base_model if isinstance(module, PreTrainedModel) else module
+        if base is not module:
+            found |= {
+                f"{key}.{name}".lstrip(".")
+                for name, child in module.named_children()
+                if child is not base and next(child.parameters(), None) is not None
+            }
+    return found
 
 
 def save_heads(config: TargetConfig, model: nn.Module) -> None:
@@ -85,7 +93,7 @@ def save_heads(config: TargetConfig, model: nn.Module) -> None:
     wrapped = [key for key in keys if endings and key.endswith(endings)]
     saved = {key.rpartition(".")[2] for key in wrapped}
     if config.task_type in _NEW_HEADS and config.format_version != 1:  # files of format 1 lack the others
-        for head in sorted(heads(model) - saved):
+        for head in sorted(head for head in heads(model) - saved if "." not in head):
             if any(key.endswith(head) for key in keys if key != head) or any(
                 k.startswith(f"{head}.") for k in wrapped
             ):

@@ -310,6 +310,14 @@ def test_ctc_heads_are_no_targets_and_the_default_saves_and_loads(tmp_path):
     assert torch.equal(wanted, found)
 
 
+def test_heads_of_models_inside_are_no_targets():
+    config = {k: v for k, v in TEXT.items() if k != "projection_dim"}
+    decoder = tf.BertLMHeadModel(tf.BertConfig(**config, is_decoder=True, add_cross_attention=True))
+    model = tf.EncoderDecoderModel(encoder=tf.BertModel(tf.BertConfig(**config)), decoder=decoder)
+    names = targets(nn.ModuleDict({"inside": model}))
+    assert any("decoder.bert" in name for name in names) and not any("decoder.cls" in name for name in names)
+
+
 def test_distillation_heads_are_no_targets():
     config = tf.DeiTConfig(**{k: v for k, v in VISION.items() if k != "projection_dim"})
     names = targets(tf.DeiTForImageClassificationWithTeacher(config))
