@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from typing import Any, Union, cast
+from typing import Any, Optional, Union, cast
 
 import peft.mixed_model
 from peft.config import PeftConfig
@@ -27,7 +27,7 @@ from torch import nn
 
 from ..tuners.common.config import TargetConfig
 from ..tuners.common.loading import AtomicInjection
-from ..tuners.common.merging import AtomicMerging
+from ..tuners.common.merging import AtomicMerging, check_merge, tuner_layers
 
 
 _lock = threading.RLock()
@@ -136,6 +136,21 @@ class MixedModel(AtomicInjection, AtomicMerging, mixed_model.MixedModel):
             tuner._create_and_replace(self, config, *args, **kwargs)
         else:
             super()._create_and_replace(config, *args, **kwargs)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Optional[list[str]] = None,
+    ) -> None:  # PEFT's annotation; it returns the model
+        if merge:
+            check_merge(self.model, adapter_names, safe_merge)
+            for layer in reversed(tuner_layers(self.model)):
+                third = getattr(getattr(layer, "base_layer", None), "base_layer", None)
+                if isinstance(third, BaseTunerLayer):  # PEFT would merge the second before it
+                    third.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
 
 def _own_tuner(config: Any) -> Any:

@@ -69,16 +69,16 @@ class MergedWeight:
             ValueError: If the weight does not keep what is written to it, or with `check` if that were not finite.
         """
         weight, old = layer.base_parameter.data, layer.merged_adapters
-        before = self.unmerged(layer)
         ours = self.saved.is_ours(weight)
         alone = ours and self.saved.layers == 1
         if alone and not adapter_names:
             merged = self.saved.weight
-        elif not old or (alone and self.before is self.saved.weight):
+        else:
+            before = self.unmerged(layer)
             merged = layer.adapted_weight(before, adapter_names)
-        else:  # what others have merged stays
-            merged = weight + (layer.adapted_weight(before, adapter_names) - layer.adapted_weight(before, old))
-        merged = merged.to(weight.dtype)
+            if old and not (alone and self.before is self.saved.weight):  # what others have merged stays
+                merged = weight + (merged - layer.adapted_weight(before, old))
+            merged = merged.to(weight.dtype)
         if check:
             check_finite(merged, adapter_names)
         local(weight).copy_(local(merged))
@@ -99,12 +99,12 @@ def check_finite(weight: torch.Tensor, adapter_names: list[str]) -> None:
 
 
 def fingerprint(tensor: torch.Tensor) -> int:
-    """Return the sum of a tensor's elements taken as integers: the same for the same bits, on any device."""
-    tensor = local(tensor)
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return int(tensor.view(integers[tensor.element_size()]).sum())
+    """Return the sum of a tensor's bytes, taken as integers of 64 bits: the same for the same bits, on any device."""
+    flat = local(tensor).contiguous().flatten()
+    missing = -flat.nbytes % 8 // flat.element_size()
+    if missing or flat.storage_offset() * flat.element_size() % 8:
+        flat = torch.cat([flat, flat.new_zeros(missing)])
+    return int(flat.view(torch.int64).sum())
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,7 @@ def merge_layers(model: nn.Module, adapter_names: Optional[list[str]], safe_merg
         ValueError: As `check_merge`, or if a weight does not keep what is merged into it.
     """
     check_merge(model, adapter_names, safe_merge)
-    layers = [module for module in modules_around_adapters(model) if isinstance(module, BaseTunerLayer)]
+    layers = tuner_layers(model)
     before = [list(layer.merged_adapters) for layer in layers]
     try:
         for layer in reversed(layers):  # what is inside a layer is part of the weight that the layer adapts
@@ -67,6 +67,11 @@ def merge_layers(model: nn.Module, adapter_names: Optional[list[str]], safe_merg
                     if names:
                         layer.merge(adapter_names=names)
         raise
+
+
+def tuner_layers(model: nn.Module) -> list[BaseTunerLayer]:
+    """Return a model's tuner layers, of whatever method, those around others first."""
+    return [module for module in modules_around_adapters(model) if isinstance(module, BaseTunerLayer)]
 
 
 def check_merge(model: nn.Module, adapter_names: Optional[list[str]], safe_merge: bool) -> None:

@@ -92,6 +92,34 @@ def test_two_methods_on_one_layer(inner, outer):
     torch.testing.assert_close(model.merge_and_unload()(x), out, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:All adapters are already merged:UserWarning")
+@pytest.mark.parametrize("methods", itertools.permutations(["hyperadapt", "lora", "lokr"]))
+def test_three_methods_on_one_layer(methods):
+    model, x = mixed(mlp(), *methods, target_modules=["first"]), torch.randn(3, 6)
+    weight, out = mlp().first.weight.data, model(x)
+    model.base_model.merge_adapter()
+    torch.testing.assert_close(model(x), out, rtol=1e-4, atol=1e-5)
+    model.base_model.unmerge_adapter()
+    torch.testing.assert_close(model.base_model.model.first.get_base_layer().weight.data, weight, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.merge_and_unload()(x), out, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", OURS)
+@pytest.mark.parametrize("shape, stride", [((3, 3), (3, 1)), ((4, 6), (1, 4)), ((5, 5), (7, 1)), ((1, 1), (1, 1))])
+def test_weights_of_any_size_and_layout(method, shape, stride):
+    """What is written is compared in words of 64 bits, which need not fit the weight."""
+    memory = torch.randn(64)
+    linear = nn.Linear(shape[1], shape[0])
+    linear.weight = nn.Parameter(memory[1:].as_strided(shape, stride, 1))
+    model = get_peft_model(nn.Sequential(OrderedDict(first=linear)), METHODS[method](target_modules=["first"]))
+    x, before = torch.randn(2, shape[1]), memory.clone()
+    out = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), out, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(memory, before)
+
+
 @pytest.mark.parametrize("method", OURS)
 @pytest.mark.parametrize("merges, unmerges", itertools.product(itertools.permutations("qk"), repeat=2))
 def test_one_copy_of_a_shared_weight(method, merges, unmerges):
