@@ -45,6 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("bench", help="measure speed and memory of training with each method, side by side")
     _add_model(command, "--model", default="llama")
     command.add_argument("--rounds", type=int, default=7, help="each times one step of every method (default 7)")
+    command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    command.add_argument("--autocast", action="store_true", help="run forward passes under autocast to bfloat16")
+    command.add_argument("--gradient-checkpointing", action="store_true", help="keep the blocks' inputs only")
     command.add_argument(
         "--methods", nargs="+", metavar="METHOD", help="default all; a wrong name is told which there are"
     )

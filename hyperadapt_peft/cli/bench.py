@@ -1,4 +1,4 @@
-"""Measure what training with each method costs, side by side in one process on the CPU."""
+"""Measure what training with each method costs, side by side in one process on one device."""
 
 import copy
 import gc
@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..tuners.hyperadapt import HyperAdaptConfig, HyperAdaptLayer
 from .errors import RecipeError, errors_about, suggestion
-from .memory import SavedTensors, peak_bytes, storages, stored_bytes, tensors
+from .memory import KernelCounter, SavedTensors, peak_bytes, storages, stored_bytes, tensors
 from .models import build, load_config, make_batch
 from .recipe import read_tuner
 from .tasks import Task, find_task
@@ -62,6 +63,9 @@ def bench(
     rounds: int = 7,
     methods: Sequence[str] = tuple(METHODS),
     output_dir: str | Path = "runs/bench",
+    device: str = "cpu",
+    autocast: bool = False,
+    gradient_checkpointing: bool = False,
 ) -> dict[str, Any]:
     """Measure, and write `bench.json`, `bench.md` and `bench.png` into the output directory.
 
@@ -71,7 +75,12 @@ def bench(
     method, in random order; `step_ratio` is the median over the rounds of the ratio to the frozen step of the same
     round.
 
+    A method for which the device's memory is too small has a row that says so and nothing else.
+
     Each row also has:
+        kernels, training_kernels: the kernels of a call in inference, and of a training step, of one linear layer
+            without bias of width 256 in `dtype`; `KernelCounter` says what counts.
+        syncs: the operations among those that wait for the device.
         trainable: the trained parameters.
         saved_bytes: what autograd keeps for the backward pass; `SavedTensors` says what counts.
         peak_bytes: the most memory of a step beside the base model's weights: the method's own parameters and
@@ -89,6 +98,9 @@ def bench(
         rounds: how many rounds are timed.
         methods: which of `METHODS`; the frozen model is always measured.
         output_dir: where the results go; earlier ones there are replaced.
+        device: where it runs: `cpu`, or `cuda`, where files and merges are not measured.
+        autocast: whether the forward pass is under autocast to bfloat16.
+        gradient_checkpointing: whether each block keeps its input only, and is computed again.
 
     Raises:
         RecipeError: a method or the model does not exist, or they do not fit each other.
@@ -98,22 +110,43 @@ def bench(
             raise RecipeError(
                 f"methods: expected some of {', '.join(METHODS)}, got {name!r}{suggestion(name, METHODS)}"
             )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("device: torch sees no GPU here")
     if rounds < 1:
         raise RecipeError(f"rounds: expected at least 1, got {rounds}")
     kind, config = find_task(task), load_config(model)
     with errors_about("output_dir"):
         Path(output_dir).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    base = build(config, kind, dtype)
-    batch = make_batch(base, batch_size, sequence_length)
+    with torch.device(device):
+        base = build(config, kind, dtype)
+        batch = make_batch(base, batch_size, sequence_length)
+    if gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
     names = dict.fromkeys([FROZEN, *methods])
     setups = {name: _set_up(name, base, kind) for name in tqdm(names, desc="models", unit="model")}
-    rows = []
-    for name, setup in (bar := tqdm(setups.items(), desc="memory", unit="method")):
+    if autocast:
+        for adapted, _ in setups.values():
+            adapted.forward = torch.autocast(device, torch.bfloat16)(adapted.forward)
+    rows: list[dict[str, Any]] = []
+    for name in (bar := tqdm(names, desc="memory", unit="method")):
         bar.set_postfix_str(name)
-        rows.append({"method": name, **_measure(setup, base, batch)})
+        row = {"method": name}
+        try:
+            row |= _measure(setups[name], base, batch)
+        except torch.OutOfMemoryError:
+            if name == FROZEN:
+                raise
+            del setups[name]
+            gc.collect()
+            torch.cuda.empty_cache()
+            rows.append(row | {"out_of_memory": True})
+        else:
+            rows.append(row | _kernels(name, base.dtype))
     seconds = _time(setups, batch, rounds)
     for row in rows:
+        if row["method"] not in setups:
+            continue
         own = seconds[row["method"]]
         ratios = [step / frozen for step, frozen in zip(own, seconds[FROZEN], strict=True)]
         row |= {"step_seconds": statistics.median(own), "step_ratio": statistics.median(ratios), "step_ratios": ratios}
@@ -125,6 +158,9 @@ def bench(
             "sequence_length": sequence_length,
             "dtype": dtype,
             "rounds": rounds,
+            "device": torch.cuda.get_device_name() if device == "cuda" else device,
+            "autocast": autocast,
+            "gradient_checkpointing": gradient_checkpointing,
             "threads": torch.get_num_threads(),
         },
         "versions": {"python": platform.python_version()}
@@ -138,17 +174,21 @@ def bench(
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The measurements as a Markdown table."""
     lines = [
-        "| method | step, x frozen | kept by autograd, MiB | peak, MiB | trained | saved, bytes | merge, ms | load, ms |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| method | step, x frozen | kept, MiB | peak, MiB | kernels: a call | a step | syncs | trained | saved, bytes "
+        "| merge, ms | load, ms |\n| --- |" + " ---: |" * 10
     ]
     for row in rows:
+        if "out_of_memory" in row:
+            lines.append(f"| {row['method']} | out of memory |" + " |" * 9)
+            continue
         saved = "" if row["adapter_bytes"] is None else f"{row['adapter_bytes']:,}"
         merge, load = (
             "" if row[key] is None else f"{1000 * row[key]:.0f}" for key in ("merge_seconds", "load_seconds")
         )
         lines.append(
             f"| {row['method']} | {row['step_ratio']:.2f} | {row['saved_bytes'] / 2**20:.0f} | "
-            f"{row['peak_bytes'] / 2**20:.0f} | {row['trainable']:,} | {saved} | {merge} | {load} |"
+            f"{row['peak_bytes'] / 2**20:.0f} | {row['kernels']} | {row['training_kernels']} | {row['syncs']} | "
+            f"{row['trainable']:,} | {saved} | {merge} | {load} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -209,14 +249,33 @@ def _measure(setup: Setup, base: PreTrainedModel, batch: dict[str, torch.Tensor]
     del loss
     states = [value for state in optimizer.state.values() for value in state.values()] if optimizer else []
     own = stored_bytes(model) - stored_bytes(base) + sum(storages(states).values())
-    row["peak_bytes"] = own + peak_bytes(lambda: _update(model(**batch).loss, optimizer))
+    row["peak_bytes"] = own + peak_bytes(lambda: _update(model(**batch).loss, optimizer), base.device.type)
     return row | _files(model, base, trained=optimizer is not None)
+
+
+def _kernels(name: str, dtype: torch.dtype) -> dict[str, int]:
+    """The kernels of one adapted linear layer without bias, on the CPU; those of a training step with its loss, a sum."""
+    section, width = METHODS[name], 256
+    model: Any = nn.Sequential(nn.Linear(width, width, bias=False, dtype=dtype))
+    if section is None:
+        model.requires_grad_(False)
+    elif section["peft_type"] != "FULL":
+        peft_config: Any = read_tuner(section | {"target_modules": ["0"]}, find_task("causal-lm"))[1]
+        peft_config.task_type = None
+        model = get_peft_model(model, peft_config)
+    x = torch.randn(4, width, dtype=dtype, requires_grad=True)
+    with torch.no_grad(), KernelCounter() as inference:
+        model.eval()(x)
+    with KernelCounter() as training:
+        model.train()(x).sum().backward()
+    syncs = inference.syncs + training.syncs
+    return {"kernels": inference.kernels, "training_kernels": training.kernels, "syncs": syncs}
 
 
 def _files(model: Any, base: PreTrainedModel, trained: bool) -> dict[str, Any]:
     """What saving, loading and merging take; None where there is nothing to save, load or merge."""
     row: dict[str, Any] = dict.fromkeys(("adapter_bytes", "load_seconds", "merge_seconds"))
-    if not trained:
+    if not trained or base.device.type != "cpu":
         return row
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
@@ -251,11 +310,18 @@ def _time(setups: dict[str, Setup], batch: dict[str, torch.Tensor], rounds: int)
             shuffle(order)
             for name in order:
                 model, optimizer = setups[name]
-                start = time.perf_counter()
+                start = _now(model.device.type)
                 _update(model(**batch).loss, optimizer)
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(_now(model.device.type) - start)
                 bar.update()
     return seconds
+
+
+def _now(device: str) -> float:
+    """The time when the device has done all that it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _write(directory: Path, results: dict[str, Any]) -> None:
@@ -265,7 +331,7 @@ def _write(directory: Path, results: dict[str, Any]) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return  # the table says it all; plots are an extra
-    rows = results["rows"]
+    rows = [row for row in results["rows"] if "out_of_memory" not in row]
     figure = Figure(figsize=(10, 0.3 * len(rows) + 1.5), layout="constrained")
     panels = figure.subplots(ncols=2, sharey=True)
     for axes, key, unit, label in (

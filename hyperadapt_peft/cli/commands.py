@@ -33,7 +33,8 @@ def bench(args: argparse.Namespace) -> None:
     """Measure and print the table."""
     from .bench import METHODS, bench, table
 
-    options = _model_options(args) | {"rounds": args.rounds, "output_dir": args.output_dir}
+    own = ("rounds", "output_dir", "device", "autocast", "gradient_checkpointing")
+    options = _model_options(args) | {key: getattr(args, key) for key in own}
     print(table(bench(args.model, methods=args.methods or tuple(METHODS), **options)["rows"]))
     print(
         f"Next: `hyperadapt plan {args.model}` tells what training needs; {args.output_dir} has this table as a plot."

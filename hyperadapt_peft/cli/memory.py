@@ -84,8 +84,13 @@ def stored_bytes(model: nn.Module) -> int:
     return sum(storages(tensors(model)).values())
 
 
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most bytes that `run` had allocated on the CPU at one time through torch, beyond what was there before."""
+def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int:
+    """The most bytes that `run` had allocated on a device at one time through torch, beyond what was there before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

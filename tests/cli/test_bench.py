@@ -28,6 +28,9 @@ def test_all_methods_are_measured(tmp_path, capsys):
     for name, row in rows.items():
         assert len(row["step_ratios"]) == 2 and row["step_ratio"] > 0 and row["step_seconds"] > 0
         held = 8 if name == "full" else 12  # two moments of each trained number, and an adapter's own numbers
+        if name.startswith("hyperadapt"):
+            assert row["syncs"] == 0 and row["kernels"] < rows["lora-r8"]["kernels"]
+        assert row["training_kernels"] > row["kernels"] > 0
         assert row["peak_bytes"] > row["saved_bytes"] + held * row["trainable"] > 0
         if name == "frozen":
             assert row["trainable"] == 0 and row["adapter_bytes"] is None and row["step_ratios"] == [1, 1]
@@ -58,6 +61,7 @@ def test_only_the_methods_asked_for_beside_frozen(tmp_path):
     "arguments, message",
     [
         (["--methods", "ia3", "lora"], "got 'lora'; the nearest valid name is 'lora-r8'"),
+        (["--device", "cuda"], "device: torch sees no GPU here"),
         (["--rounds", "0"], "rounds: expected at least 1, got 0"),
         (["--model", "./nowhere"], "model: no such directory"),
     ],
