@@ -84,6 +84,11 @@ class HyperAdaptMixin:
         return slices
 
     def apply(self, x: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+        if x.dim() > 2 and x.shape[0] != 1:  # (1, tokens, columns) by vLLM's Transformers backend
+            raise NotImplementedError(
+                f"HyperAdapt adapters cannot be served on this model: the input of {self.base_layer.prefix} has the "
+                f"shape {tuple(x.shape)}, in which its rows cannot be told to be a batch's tokens."
+            )
         tokens = x.flatten(0, -2)
         slots = self.punica_wrapper._token_lora_indices[: len(tokens)] + 1
         # (slices, tokens, columns); indexing by brackets takes 10 times as long on CPUs
@@ -134,6 +139,8 @@ def adapted_layer(name: str, layer: nn.Module, parts: list[str], lora_config: An
         return None
     if len(parts) > 1 and len(_rows(layer)) != len(parts):  # a part of several slices
         return None
+    if isinstance(layer, QKVParallelLinear) and getattr(layer, "v_head_size", layer.head_size) != layer.head_size:
+        return None  # vLLM takes the heads of keys and values for equal
     for layer_cls in LAYERS:
         if layer_cls.can_replace_layer(source_layer=layer, lora_config=lora_config, packed_modules_list=parts):
             return layer_cls(layer)
