@@ -35,6 +35,14 @@ class BatchNames(list[str]):
         self.tokens = 1
         self.memo: dict[Any, Any] = {}
 
+    def remember(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return `make()`, for the rest of the call; anew where gradients flow, as checkpointing runs layers twice."""
+        if torch.is_grad_enabled():
+            return make()
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
     def tensor(self, values: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return `values` as a tensor, made once for all layers: a copy to the device is not free."""
         key = values, dtype, device

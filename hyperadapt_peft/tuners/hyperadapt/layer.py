@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -122,27 +123,26 @@ class HyperAdaptLayer(TargetLayer):
                 total = offset if total is None else total + offset + total * offset
         return total
 
-    def batch_offset(self, scales: nn.ModuleDict, adapter_names: BatchNames) -> Optional[torch.Tensor]:
-        """Return each sample's offset from 1, (batch, size), or (size,) if it is the same for all, or None for none."""
-        if torch.is_grad_enabled():
-            return self._batch_offset(scales, adapter_names)
-        memo = adapter_names.memo
-        if scales not in memo:
-            memo[scales] = self._batch_offset(scales, adapter_names)
-        return memo[scales]
+    def batch_scales(self, adapter_names: BatchNames) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], float]:
+        """Return the samples' offsets of columns and rows, and what both are multiplied by.
 
-    def _batch_offset(self, scales: nn.ModuleDict, adapter_names: BatchNames) -> Optional[torch.Tensor]:
+        An offset is (batch, size), or (size,) if it is the same for all samples, or None if none has any.
+        """
         names = adapter_names.unique
-        table = stack_weights(scales, names)
-        if table is None:
-            return None
+        column, row = (stack_weights(scales, names) for scales in (self.hyperadapt_column, self.hyperadapt_row))
         factors = {name: self.factor(name) for name in names if name in self.scaling}
-        if len(set(factors.values())) == 1:
-            table = table * factors.popitem()[1]
+        factor = factors[next(iter(factors))]
+        if any(other != factor for other in factors.values()):
+            by_name, factor = tuple(factors.get(name, 0.0) for name in names), 1.0
+            column, row = (
+                table if table is None else table * adapter_names.tensor(by_name, table.dtype, table.device)[:, None]
+                for table in (column, row)
+            )
+        if len(names) == 1:
+            column, row = (table if table is None else table[0] for table in (column, row))
         else:
-            by_name = tuple(factors.get(name, 0.0) for name in names)
-            table = table * adapter_names.tensor(by_name, table.dtype, table.device)[:, None]
-        return table[0] if len(names) == 1 else adapter_names.gather(table)
+            column, row = (table if table is None else adapter_names.gather(table) for table in (column, row))
+        return column, row, factor
 
     def scale_weight(self, weight: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Return `weight` with its rows times `row` and its columns times `column`."""
@@ -177,9 +177,8 @@ class Linear(HyperAdaptLayer):
     def mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: BatchNames, **kwargs: Any
     ) -> torch.Tensor:
-        column = self.batch_offset(self.hyperadapt_column, adapter_names)
-        row = self.batch_offset(self.hyperadapt_row, adapter_names)
-        return self.scaled_forward(column, row, 1.0, x, *args, **kwargs)
+        scales = adapter_names.remember(self, partial(self.batch_scales, adapter_names))
+        return self.scaled_forward(*scales, x, *args, **kwargs)
 
     def scaled_forward(
         self,
@@ -271,11 +270,10 @@ class Embedding(HyperAdaptLayer):
         self, x: torch.Tensor, *args: Any, adapter_names: BatchNames, **kwargs: Any
     ) -> torch.Tensor:
         result = self.base_layer(x, *args, **kwargs)
-        row = self.batch_offset(self.hyperadapt_row, adapter_names)
+        column, row, factor = adapter_names.remember(self, partial(self.batch_scales, adapter_names))
         if row is not None:
             tokens = F.embedding(x, row[:, None]) if row.dim() == 1 else row.gather(1, x.flatten(1))[..., None]
-            result = scale(result, tokens.reshape(*x.shape, 1))
-        column = self.batch_offset(self.hyperadapt_column, adapter_names)
+            result = scale(result, tokens.reshape(*x.shape, 1), factor)
         if column is not None:
-            result = scale(result, column.reshape(-1, *(1,) * (result.dim() - 2), column.shape[-1]))
+            result = scale(result, column.reshape(-1, *(1,) * (result.dim() - 2), column.shape[-1]), factor)
         return result

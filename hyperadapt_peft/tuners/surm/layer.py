@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,10 +107,8 @@ class Linear(SurmLayer):
             config = self.surm_config[name]
             kinds[config.placement, self.surm_structure[name], config.surm_dropout].append(name)
         for names in kinds.values():  # one product of all samples, with zeros for those of other kinds
-            key = self, names[0]
-            factors = adapter_names.memo.get(key) or self.batch_factors(names, adapter_names, x.dim())
-            if not torch.is_grad_enabled():
-                adapter_names.memo[key] = factors
+            make = partial(self.batch_factors, names, adapter_names, x.dim())
+            factors = adapter_names.remember((self, names[0]), make)
             result = self.add_update(result, x, names[0], factors)
         return result
 
