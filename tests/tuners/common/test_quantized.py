@@ -371,21 +371,6 @@ def test_gradients_through_other_layers_after_an_evaluation(path, config, batch)
 
 
 @pytest.mark.parametrize("quantization", ["bnb-4bit", "bnb-nf4-nested"])
-def test_backward_in_eval_mode_packs_nothing(path, quantization, batch):
-    """Backward that calls the base layer again let it be packed, which changes what bitsandbytes' own backward needs."""
-
-    def config(**kwargs):
-        return CONFIGS["hyperadapt"](save_memory=True, **kwargs)
-
-    model = adapted(path, quantization, config)
-    for layer in layers(model).values():
-        layer.get_base_layer().support_avx512bf16_for_cpu = True
-    got, expected = gradients(model.eval(), batch), gradients(adapted(path, quantization, config).train(), batch)
-    for key in expected:
-        torch.testing.assert_close(got[key], expected[key], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("quantization", ["bnb-4bit", "bnb-nf4-nested"])
 def test_saving_after_an_evaluation_leaves_the_base(path, quantization, config, batch, tmp_path):
     """bitsandbytes' own unpacking, in `state_dict`, leaves the block scales in another order."""
     model = adapted(path, quantization, config)
