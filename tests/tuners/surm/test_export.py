@@ -59,7 +59,6 @@ def test_onnx_by_torchscript(adapted):
 
 
 def test_onnx_by_torch_export(adapted, tmp_path):
-    pytest.importorskip("onnxscript", reason="torch's exporter needs it")
     model, inputs, outputs = adapted
     program = torch.onnx.export(
         model.get_base_model(), inputs[:1], dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False
