@@ -14,7 +14,7 @@ from torch import nn
 
 from ..tuners.common import TargetConfig, TargetModel
 from ..tuners.common.layer import modules_around_adapters
-from ..tuners.common.loading import IRRELEVANT_FIELDS, check_tensors, config_differences
+from ..tuners.common.loading import IRRELEVANT_FIELDS, check_tensors, config_differences, remove_adapter
 
 
 def load_adapters(model: PeftModel, adapters: Mapping[str, Union[str, os.PathLike]], **kwargs: Any) -> None:
@@ -54,7 +54,7 @@ def load_adapters(model: PeftModel, adapters: Mapping[str, Union[str, os.PathLik
                 copies.append((name, config, template, template.parameters_from(weights)))
         except BaseException as exc:
             for loaded in adapters.keys() & model.peft_config.keys():
-                model.delete_adapter(loaded)
+                remove_adapter(model, loaded)
             if not isinstance(exc, Exception):
                 raise
             raise ValueError(f"The adapter {name} of {path} cannot be loaded, and so none was: {exc}") from exc

@@ -106,8 +106,8 @@ def test_training_one_leaves_the_others(saved):
     [("b", "not finite"), ("c", "size mismatch"), ("e", "lacks the tensor"), ("e", "missing")],
 )
 def test_all_or_none(saved, position, broken, tmp_path):
-    model = first(saved)
-    expected = logits(model)
+    model = PeftModel.from_pretrained(build("llama")[0], saved["c"], "first")  # of fewer layers than the others
+    expected, modules = logits(model), {name: type(module) for name, module in model.named_modules()}
     saved = {**saved, position: shutil.copytree(saved[position], tmp_path / position)}
     file = saved[position] / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -126,6 +126,7 @@ def test_all_or_none(saved, position, broken, tmp_path):
     ):
         load_adapters(model, saved)
     assert list(model.peft_config) == ["first"] and model.active_adapter == "first"
+    assert {name: type(module) for name, module in model.named_modules()} == modules
     assert {n.split(".")[-2] for n in model.state_dict() if ".hyperadapt_" in n or ".surm_" in n} == {"first"}
     assert torch.equal(logits(model), expected)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any, Optional, cast
@@ -192,11 +192,18 @@ def removed_if_refused(model: nn.Module, adapter_name: str) -> Iterator[None]:
         yield
     except BaseException:
         if trainable is not None:
-            _remove_adapter(model, adapter_name, trainable)
+            remove_adapter(model, adapter_name, trainable)
         raise
 
 
-def _remove_adapter(model: nn.Module, adapter_name: str, trainable: set[str]) -> None:
+def remove_adapter(model: nn.Module, adapter_name: str, trainable: Collection[str] = ()) -> None:
+    """Remove an adapter that is not active, and the layers and wrappers that are around nothing without it.
+
+    Args:
+        model (`nn.Module`): The adapted model.
+        adapter_name (`str`): The adapter.
+        trainable (`Collection[str]`): The names of the base model's parameters to be trainable if no adapter is left.
+    """
     configs: Any = model.peft_config
     del configs[adapter_name]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
