@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import resource
+import shlex
 import statistics
 import sys
 import tempfile
@@ -156,7 +157,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     path = Path(__file__).parent / "results" / "mixed_batch.json"
-    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    results = json.loads(path.read_text()) if path.exists() else {}
+    command = shlex.join(["python", "-m", "benchmarks.mixed_batch", *sys.argv[1:]])
+    commands, runs = results.get("commands", {}), results.get("runs", [])
     for loaded in args.loaded:
         for method in args.methods:
             with tempfile.TemporaryDirectory() as directory:
@@ -166,7 +169,7 @@ def main() -> None:
             runs = [run for run in runs if (run["method"], run["loaded"]) != (method, loaded)] + [row]
             del model
     results = {
-        "command": f"python -m benchmarks.mixed_batch {' '.join(sys.argv[1:])}".strip(),
+        "commands": commands | dict.fromkeys(args.methods, command),
         "torch": torch.__version__,
         "runs": sorted(runs, key=lambda run: (run["loaded"], run["method"])),
     }
