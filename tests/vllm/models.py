@@ -56,10 +56,7 @@ def save_adapter(model_path, path, seed=1, **config):
 
 
 def alone(model_path, adapter_paths, prompts=PROMPTS):
-    """Return what transformers and PEFT generate greedily for (adapter's path or None, prompt), one at a time.
-
-    To be called before an engine starts: vLLM changes classes of transformers that it takes models from.
-    """
+    """Return what transformers and PEFT generate greedily for (adapter's path or None, prompt), one at a time."""
     results = {}
     for adapter_path in adapter_paths:
         model = load(model_path)

@@ -25,19 +25,27 @@ def requests_for(adapters):
     return [request(path.name, path, i) for i, path in enumerate(adapters, 1)]
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings"), [*((kind, {}) for kind in CONFIGS), ("llama", {"model_impl": "transformers"})]
-)
-def test_mixed_batch(kind, settings, start, tmp_path):
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_mixed_batch(kind, start, tmp_path):
     model = save_model(kind, tmp_path / "model")
     adapters = save_adapters(model, tmp_path, 8 if kind == "llama" else 5)
     expected = alone(model, [None, *adapters])
-    engine = start(model, max_loras=8, **settings)
+    engine = start(model, max_loras=8)
 
     results = generate(engine, [None, *requests_for(adapters)])
 
     assert len({tuple(tokens) for _, _, tokens, _ in results}) > len(results) / 2  # the adapters do matter
     assert_equal(results, expected)
+
+
+def test_a_model_that_vllm_takes_from_transformers(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # it changes classes of transformers
+    model = save_model("llama", tmp_path / "model")
+    adapters = save_adapters(model, tmp_path, 5)
+    expected = alone(model, [None, *adapters])
+    engine = start(model, max_loras=5, model_impl="transformers")
+
+    assert_equal(generate(engine, [None, *requests_for(adapters)]), expected)
 
 
 def test_more_adapters_than_slots(start, tmp_path):
