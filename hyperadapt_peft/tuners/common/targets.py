@@ -31,7 +31,7 @@ _KNOWN_FORWARDS = {layer.forward for layer in _KNOWN_LAYERS}
 _METADATA = {"device", "dim", "dtype", "is_cuda", "is_meta", "ndim", "numel", "requires_grad", "shape", "size"}
 _ASKS = {"hasattr", "id", "isinstance", "type"}
 _LIKE = {"empty_like", "full_like", "ones_like", "to", "type_as", "zeros_like"}
-_CHANGES = re.compile("init|reset|resize|tie")  # names of methods that make or change a module
+_CHANGES = re.compile("fuse_projections|init|reset|resize|tie")  # names of methods that make or change a module
 # Read only with settings that no published model has (`pretraining_tp` > 1 with `slow_but_exact`, `z_steps` > 1), and
 # called else.
 _READ_NEVER = {("BloomAttention", "dense"), ("BloomMLP", "dense_4h_to_h"), ("DisentangledSelfAttention", "in_proj")}
