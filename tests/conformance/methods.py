@@ -43,7 +43,7 @@ def _hyperadapt() -> Method:
         HyperAdaptConfig,
         variants=({"sides": "row"}, {"sides": "column"}),
         unsupported={"mha": MHA},
-        capabilities=frozenset({"conv", "conv1d", "merge", "mixed batches", "mixed models", "weighted"}),
+        capabilities=frozenset({"conv", "conv1d", "gain", "merge", "mixed batches", "mixed models", "weighted"}),
     )
 
 

@@ -149,6 +149,12 @@ PATCHES = (
         times=2,
     ),
     Patch(
+        "test_custom_models.py",
+        "(VBLoRAConfig, RandLoraConfig, UniLoraConfig, OSFConfig)",
+        '(VBLoRAConfig, RandLoraConfig, UniLoraConfig, OSFConfig, *under_test("gain"))',
+        "alpha is a gain: SGD at 0.5 diverges with it, as with the methods that upstream lists here",
+    ),
+    Patch(
         "test_target_parameters.py",
         "with pytest.raises(ValueError, match=msg):\n            self._test_weighted",
         'with pytest.raises(ValueError, match=msg) if not under_test("weighted") else torch.no_grad():\n'
