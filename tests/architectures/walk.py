@@ -20,6 +20,7 @@ from .models import build, tensors
 
 
 METHODS: dict[str, type[PeftConfig]] = {"HyperAdapt": HyperAdaptConfig, "SURM": SurmConfig}
+FAINT = 1e-12  # a gradient that may round to zero in an adapter: SAM's weights start at 1e-10
 TASKS = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTION_ANS"}
 
 
@@ -43,7 +44,7 @@ def walk(name: str) -> dict[str, dict[str, Any]]:
     bare = copy.deepcopy(model)
     untie(bare)
     step(bare, inputs)
-    used = {key for key, p in bare.named_parameters() if has_gradient(p)}
+    used = {key for key, p in bare.named_parameters() if has_gradient(p) and p.grad.abs().max() > FAINT}
     results: dict[str, dict[str, Any]] = {}
     for method, config in METHODS.items():
         try:

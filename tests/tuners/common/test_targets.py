@@ -107,7 +107,7 @@ def mobilebert():
         vocab_size=64, hidden_size=32, embedding_size=16, intra_bottleneck_size=16, num_hidden_layers=1,
         num_attention_heads=2, intermediate_size=32, num_feedforward_networks=2,
     )  # fmt: skip
-    return nn.ModuleDict({"mlm": tf.MobileBertForMaskedLM(config)}), {"dense"}  # below, so that no head is told
+    return tf.MobileBertForMaskedLM(config).cls, {"dense"}  # alone, as of the whole model it is the head
 
 
 def longcat():
