@@ -4,7 +4,6 @@ import errno
 import gc
 import itertools
 import json
-import os
 import platform
 import shutil
 import sys
@@ -307,7 +306,7 @@ def _write(path: Path, text: str) -> None:
     """Write a whole file or none."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _last_checkpoint(output: Path) -> str | None:

@@ -60,7 +60,7 @@ def a_header_of_two_to_the_63(adapter):
 @attacks(SafetensorError, "header")
 def a_header_of_200_megabytes(adapter):
     text = json.dumps(header(adapter)).encode()
-    with open(weights(adapter), "wb") as file:
+    with weights(adapter).open("wb") as file:
         file.write(struct.pack("<Q", 2 * 10**8) + text)
         file.truncate(2 * 10**8 + 10**4)  # sparse
 

@@ -66,7 +66,7 @@ def write_recipe(directory: Path) -> Path:
 def run(recipe: Path, output: Path, sampler: str, resume: bool, die_at: int | None = None) -> None:
     """Train in this process; with `die_at`, kill it at that operation on a file in `output`. For a child process."""
     torch.set_num_threads(1)
-    with open(output.with_suffix(".log"), "a") as log:
+    with output.with_suffix(".log").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     count = kill_at(die_at, output) if die_at is not None else None

@@ -46,7 +46,7 @@ def url(directory):
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *command[2:]]
     command += ["--port", str(port), "--dtype", "float32", "--enforce-eager"]
     log = directory / "server.log"
-    with open(log, "w") as output:
+    with log.open("w") as output:
         server = subprocess.Popen(
             command,
             cwd=directory,

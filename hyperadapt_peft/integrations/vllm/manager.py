@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -135,7 +135,7 @@ class HyperAdaptWorkerManager(LRUCacheWorkerLoRAManager):
 
     def _load_adapter(self, lora_request: Any) -> LoRAModel:
         name, path = lora_request.lora_name, get_adapter_absolute_path(lora_request.lora_path)
-        if not os.path.isfile(os.path.join(path, CONFIG_NAME)):
+        if not Path(path, CONFIG_NAME).is_file():
             raise LoRAAdapterNotFoundError(name, path)
         weights = self._adapter_manager.weights(name, read_offsets(name, path))
         return LoRAModel(lora_request.lora_int_id, rank=1, loras=weights)

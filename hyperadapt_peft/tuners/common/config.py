@@ -144,8 +144,11 @@ class TargetConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> TargetConfig:
-        """Read `adapter_config.json`, as PEFT's `from_pretrained`. `init_weights` is True: should the weights, which come
-        from a file too, be unreadable, the adapter changes nothing."""
+        """Read `adapter_config.json`, as PEFT's `from_pretrained`.
+
+        `init_weights` is True: should the weights, which come from a file too, be unreadable, the adapter changes
+        nothing.
+        """
         config = super().from_pretrained(*args, **kwargs)
         config.init_weights, config.trainable_before = True, set()
         return config

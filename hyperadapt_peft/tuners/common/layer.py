@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 
 class AdapterWeight(nn.Module):
-    """A trained tensor of an adapter, at first of zeros. It is a module so that FSDP, ZeRO and offloading, which act on
-    modules' forwards, see it.
+    """A trained tensor of an adapter, at first of zeros.
+
+    It is a module so that FSDP, ZeRO and offloading, which act on modules' forwards, see it.
 
     Args:
         *shape (`int`): Its shape.
@@ -36,8 +37,9 @@ class AdapterWeight(nn.Module):
 
 
 class TargetLayer(nn.Module, BaseTunerLayer):
-    """A base layer with adapters. Sub-classes say what an adapter adds: `update_layer`, `adapted_forward`,
-    `mixed_batch_forward`, `adapted_weight`.
+    """A base layer with adapters.
+
+    Sub-classes say what an adapter adds: `update_layer`, `adapted_forward`, `mixed_batch_forward`, `adapted_weight`.
 
     Args:
         base_layer (`nn.Module`): The layer to adapt, possibly quantized, possibly already a tuner layer.

@@ -68,7 +68,8 @@ def gauge(row: Tensor, column: Tensor) -> Tensor:
     """Return c such that `(c a, b / c)` is canonical: equal geometric means, and most of a positive.
 
     Args:
-        row: The offsets of a, (n,). column: The offsets of b, (m,). Zero scales do not count.
+        row: The offsets of a, (n,). Zero scales do not count.
+        column: The offsets of b, (m,), likewise.
     """
     a, b = 1 + row, 1 + column
     means = [x[x != 0].abs().log().mean().nan_to_num() for x in (a, b)]

@@ -34,7 +34,6 @@ class HyperAdaptModel(TargetModel):
         ValueError: If a target module or parameter is of a kind that is not supported; the model is left as it was.
 
     Example:
-
         ```py
         >>> from peft import get_peft_model
         >>> from transformers import AutoModelForCausalLM

@@ -50,7 +50,6 @@ class SurmModel(TargetModel):
             has none of the usual names; the model is left as it was.
 
     Example:
-
         ```py
         >>> from peft import get_peft_model
         >>> from transformers import AutoModelForSequenceClassification

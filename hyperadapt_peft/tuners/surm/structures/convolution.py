@@ -105,7 +105,7 @@ def _twist(n: int, like: Tensor) -> Tensor:
 
 
 def _signs(n: int, like: Tensor) -> Tensor:
-    """+1, -1, +1, ... (n,)"""
+    """The signs +1, -1, +1, ... (n,)."""
     return 1 - 2 * (torch.arange(n, device=like.device) % 2).to(like.dtype)
 
 
