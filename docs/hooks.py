@@ -193,6 +193,16 @@ def mixed_batch() -> str:
     return table(header, [[key, *(cell(run.get(key, "")) for run in runs)] for key in keys])
 
 
+def vllm() -> str:
+    """Throughput of the engine by method and number of adapters."""
+    rows = read("vllm")["variants"]
+    keys = ("tokens per second", "of the engine without adapters", "ms to the first token")
+    return table(
+        ["method", "adapters", *keys],
+        [[row["method"], row["adapters"], *(f"{row[k]:.3g}" for k in keys)] for row in rows],
+    )
+
+
 def include(name: str) -> str:
     """A page of the repository's top level; its links to files become code."""
     text = (ROOT / name).read_text()
@@ -221,6 +231,6 @@ FUNCTIONS = {
     function.__name__: function
     for function in (
         approximation, bench, command_line, comparison, conformance, forgetting, fuzz, include, mixed_batch, paired, patches,
-        ranks, skips, sweep, value, versions,
+        ranks, skips, sweep, value, versions, vllm,
     )
 }  # fmt: skip

@@ -81,6 +81,9 @@ def test_the_readmes_numbers_are_those_of_the_results():
     bench = {row["method"]: f"{row['step_ratio']:.2f}" for row in hooks.read("bench/bench")["rows"]}
     assert f"a training step takes {bench['hyperadapt']} times" in text
     assert f"(MiSS {bench['miss-r8']}, IA3 {bench['ia3']}, LoRA r=8 {bench['lora-r8']};" in text
+    key = "prefill of 16 tokens, 64 adapters / prefill of 16 tokens, one adapter"
+    mixed = {run["method"]: f"{run[key]:.2f}" for run in hooks.read("mixed_batch")["runs"] if run["loaded"] == 64}
+    assert f"take {mixed['HyperAdapt']} times the same rows with one (LoRA r=8: {mixed['LoRA r=8']})" in text
     quickstart = json.loads((ROOT / "benchmarks/results/quickstart/seed42-float32.json").read_text())
     assert f"{quickstart['parameters']['trainable_outside_head']:,} trained parameters" in text
     assert f"a file of {quickstart['adapter_bytes']:,} bytes" in text
