@@ -193,9 +193,9 @@ def mixed_batch() -> str:
     return table(header, [[key, *(cell(run.get(key, "")) for run in runs)] for key in keys])
 
 
-def vllm() -> str:
+def vllm(name: str) -> str:
     """Throughput of the engine by method and number of adapters."""
-    rows = read("vllm")["variants"]
+    rows = read(name)["variants"]
     keys = ("tokens per second", "of the engine without adapters", "ms to the first token")
     return table(
         ["method", "adapters", *keys],
