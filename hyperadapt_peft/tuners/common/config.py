@@ -216,7 +216,7 @@ def check_adapter_name(name: Any, taken: Collection[str]) -> None:
 
     Args:
         name: The adapter's name.
-        taken: The names of modules and parameters that PEFT would confuse it with.
+        taken: The names of parameters, and PEFT's own, that it would be confused with.
 
     Raises:
         TypeError: If it is not a str.
@@ -231,6 +231,6 @@ def check_adapter_name(name: Any, taken: Collection[str]) -> None:
         )
     if name in taken:
         raise ValueError(
-            f"An adapter cannot be called {name!r}: a module or parameter of the model is, and PEFT tells what belongs to "
-            "an adapter by its name."
+            f"An adapter cannot be called {name!r}: something inside the model is, and PEFT tells what belongs to an adapter "
+            "by its name."
         )

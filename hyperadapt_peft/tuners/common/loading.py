@@ -152,9 +152,9 @@ class AtomicInjection(BaseTuner):
             ValueError: If the name is taken or cannot be a module's or a directory's, or the config does not fit the model.
         """
         config = self.peft_config[adapter_name]
-        check_adapter_name(
-            adapter_name, taken_names(model, PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)].tuner_layer_cls)
-        )
+        layer_cls = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)].tuner_layer_cls
+        saved = getattr(config, "modules_to_save", None) or ()
+        check_adapter_name(adapter_name, taken_names(model, layer_cls, saved))
         if isinstance(config, TargetConfig) and config.trainable_before is not None:
             first = len(self.peft_config) == 1  # another's removal does not make the base model trainable
             config.trainable_before = (
@@ -167,16 +167,19 @@ class AtomicInjection(BaseTuner):
             raise ValueError(f"`trainable_token_indices` has a token that the embedding has not: {exc}") from exc
 
 
-def taken_names(model: nn.Module, layer_cls: type[BaseTunerLayer]) -> set[str]:
-    """Return the names that PEFT would confuse with an adapter's: of the model's modules and parameters, and its own."""
+def taken_names(model: nn.Module, layer_cls: type[BaseTunerLayer], modules_to_save: Collection[str] = ()) -> set[str]:
+    """Return the names that PEFT would confuse with an adapter's: of parameters, inside of saved modules, and its own."""
     names, adapters = {"base_layer", "original_module"}, set()
     for cls in (layer_cls, ModulesToSaveWrapper, TrainableTokensWrapper):
         for name in (*cls.adapter_layer_names, *cls.other_param_names):
             names.update(name.split("."))
     for module in modules_around_adapters(model):
-        names |= module._modules.keys() | module._parameters.keys() | module._buffers.keys()
+        names |= module._parameters.keys() | module._buffers.keys()
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             adapters |= module._get_available_adapters()
+    for key, module in model.named_modules():
+        if key.endswith(tuple(modules_to_save)):
+            names.update(part for child, _ in module.named_modules() for part in child.split(".") if part)
     return names - adapters
 
 

@@ -91,7 +91,8 @@ def save_heads(config: TargetConfig, model: nn.Module) -> None:
     endings = (*(config.modules_to_save or ()), *_NEW_HEADS.get(config.task_type or "", ()))
     keys = [key for key, _ in outer_modules(model)]
     wrapped = [key for key in keys if endings and key.endswith(endings)]
-    saved = {key.rpartition(".")[2] for key in wrapped}
+    alone = tuple(ending for ending in endings if "." not in ending)  # a full name is one module's
+    saved = {key.rpartition(".")[2] for key in wrapped if alone and key.endswith(alone)}
     if config.task_type in _NEW_HEADS and config.format_version != 1:  # files of format 1 lack the others
         for head in sorted(head for head in heads(model) - saved if "." not in head):
             if any(key.endswith(head) for key in keys if key != head) or any(
