@@ -79,7 +79,7 @@ def test_the_readmes_table_is_that_of_the_results():
 def test_the_readmes_numbers_are_those_of_the_results():
     text = re.sub(r"\s+", " ", README.read_text())
     bench = {row["method"]: f"{row['step_ratio']:.2f}" for row in hooks.read("bench/bench")["rows"]}
-    assert f"a training step takes {bench['hyperadapt']} times" in text
+    assert f"A training step takes {bench['hyperadapt']} times" in text
     assert f"(MiSS {bench['miss-r8']}, IA3 {bench['ia3']}, LoRA r=8 {bench['lora-r8']};" in text
     key = "prefill of 16 tokens, 64 adapters / prefill of 16 tokens, one adapter"
     mixed = {run["method"]: f"{run[key]:.2f}" for run in hooks.read("mixed_batch")["runs"] if run["loaded"] == 64}

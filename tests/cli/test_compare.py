@@ -93,7 +93,7 @@ def test_a_finished_run_of_another_recipe_is_not_shown_for_this_one(comparison, 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by signal")
 def test_a_killed_comparison_leaves_no_run_behind(comparison, recipe, tmp_path):
-    path = comparison(seeds=[0])
+    path = comparison(seeds=[0], methods={"ours": {"tuner": {"peft_type": "HYPERADAPT"}, "learning_rates": [1e-3]}})
     recipe(training={"max_steps": 1_000_000, "logging_steps": 1})
     with subprocess.Popen(
         [sys.executable, "-m", "hyperadapt_peft", "compare", path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
