@@ -177,7 +177,7 @@ def taken_names(model: nn.Module, layer_cls: type[BaseTunerLayer], modules_to_sa
         names |= module._parameters.keys() | module._buffers.keys()
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             adapters |= module._get_available_adapters()
-    for key, module in model.named_modules():
+    for key, module in model.named_modules() if modules_to_save else ():
         if key.endswith(tuple(modules_to_save)):
             names.update(part for child, _ in module.named_modules() for part in child.split(".") if part)
     return names - adapters
