@@ -110,7 +110,7 @@ def bench(name: str = "bench/bench") -> str:
         line += [f"{row['peak_bytes'] / mebi:.0f}", f"{row['trainable']:,}"]
         line.append(f"{row['adapter_bytes']:,}" if row["adapter_bytes"] else "")
         if counted:
-            line += [row.get(key, "") for key in ("inference_kernels", "training_kernels", "syncs")]
+            line += [row.get(key, "") for key in ("kernels", "training_kernels", "syncs")]
         lines.append(line)
     return table(header + ["kernels, inference", "kernels, training", "host syncs"] * counted, lines)
 

@@ -60,6 +60,17 @@ def _vit():
 MODELS = {"llama": _llama, "gpt2": _gpt2, "bert": _bert, "t5": _t5, "opt": _opt, "qwen": _qwen, "vit": _vit}
 
 
+class Wrapper(torch.nn.Module):
+    """A model of one layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
 def build(name):
     torch.manual_seed(0)
     model, batch, task_type = MODELS[name]()

@@ -150,7 +150,8 @@ class MixedModel(AtomicInjection, AtomicMerging, mixed_model.MixedModel):
                 third = getattr(getattr(layer, "base_layer", None), "base_layer", None)
                 if isinstance(third, BaseTunerLayer):  # PEFT would merge the second before it
                     third.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        # PEFT's own: AtomicMerging would check once more, with some layers merged already
+        return super(AtomicMerging, self)._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
 
 def _own_tuner(config: Any) -> Any:

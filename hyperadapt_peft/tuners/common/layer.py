@@ -1,4 +1,4 @@
-"""The tuner layer's life around a base layer that is never changed: disable, merge, unmerge, refuse."""
+"""The tuner layer's life around a base layer: disable, merge, unmerge, refuse."""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hyperadapt_peft import HyperAdaptConfig
 
+from ...tiny import Wrapper
+
 
 def tokens(*shape):
     return torch.randint(0, 11, shape)
@@ -30,15 +32,6 @@ LAYERS = {
     "conv2d-unbatched": lambda: (nn.Conv2d(4, 6, 3), torch.randn(4, 5, 5)),
     "conv3d": lambda: (nn.Conv3d(2, 4, 2, groups=2), torch.randn(1, 2, 3, 4, 3)),
 }  # fmt: skip
-
-
-class Wrapper(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x)
 
 
 def adapt(name, dtype=torch.float64, **config):

@@ -13,8 +13,8 @@ from hyperadapt_peft import HyperAdaptConfig, SurmConfig
 from hyperadapt_peft.adapters.hotswap import hotswap_adapter
 from hyperadapt_peft.tuners.hyperadapt import HyperAdaptLayer
 
-from ...tiny import SIZES, build
-from .test_layer import LAYERS, Wrapper
+from ...tiny import SIZES, Wrapper, build
+from .test_layer import LAYERS
 
 
 NAMES = ["second", "__base__", "default", "third", "second"]

@@ -14,6 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from hyperadapt_peft import SurmConfig
 from hyperadapt_peft.tuners.surm.structures import LDR
 
+from ...tiny import Wrapper
+
 
 STRUCTURES = {
     "circulant": {"structure": "circulant"},
@@ -29,15 +31,6 @@ LAYERS = {
     "flat-conv1d": lambda: Conv1D(5, 8),
     "wide": lambda: nn.Linear(WIDE, 12),
 }
-
-
-class Wrapper(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x)
 
 
 def adapt(layer_name, structure, dtype=torch.float64, **config):
