@@ -120,6 +120,11 @@ EXCLUDED = (
     ),
     Exclusion(
         OURS,
+        r"test_load_resized_embedding_ignore_mismatched_sizes",
+        "PEFT hands `ignore_mismatched_sizes` to no hook of a tuner's: tensors of another shape are refused with an error",
+    ),
+    Exclusion(
+        OURS,
         r"test_mixed_adapter_batches_training_mode_raises",
         "mixed batches can be trained here, by design; upstream refuses training mode",
     ),
@@ -143,7 +148,7 @@ IN_PLACE_OF_LORA = (
     r"test_custom.*::test_delete_adapter_(with_multiple_adapters_works|multiple_adapters_with_\w+)$",
     r"test_custom.*::test_(non_)?existing_model_card$",
     r"test_custom.*::test_(ignore_mismatched_sizes_with_scalar_modules_to_save|load_does_not_overwrite_\w+)$",
-    r"test_custom.*::test_(load_resized_embedding_ignore_mismatched_sizes|save_embedding_layers_excludes_\w+)$",
+    r"test_custom.*::test_save_embedding_layers_excludes_\w+$",
     r"test_custom.*::test_loading_model_with_trainble_tokens_requires_grad_set_correctly$",
     r"test_custom.*::test_multiple_active_adapters_with_(different|same)_trainable_token_indices_(works|raises)$",
     r"test_custom.*::test_multiple_adapters_(automatic|no_needless_copy)_modules_to_save$",

@@ -109,6 +109,12 @@ PATCHES = (
         "outputs of these models are about 1e4, where 1e-6 relative is float32's rounding; LoRA is not merged here at all",
     ),
     Patch(
+        "test_custom_models.py",
+        "if issubclass(config_cls, (LoHaConfig, LoKrConfig)) and model_id in (",
+        'if issubclass(config_cls, (LoHaConfig, LoKrConfig, *under_test("conv"))) and model_id in (',
+        "upstream's tolerance for what scales grouped kernels: outputs of some hundreds after three steps at 0.01",
+    ),
+    Patch(
         "testing_common.py",
         'and ("fc1" in config.target_modules):',
         'and ("fc1" in str(config.target_modules)):',
