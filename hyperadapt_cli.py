@@ -12,7 +12,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from hyperadapt_peft.cli.commands import COMMANDS
     from hyperadapt_peft.cli.errors import RecipeError
 
+    options = vars(args)
     try:
-        COMMANDS[args.command](args)
+        COMMANDS[options.pop("command")](**options)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -123,9 +123,7 @@ def run(command: list[str]) -> int:
     The directory that does it comes first on `PYTHONPATH`, for this command only. Returns the command's exit code, on
     POSIX by becoming the command, so that signals reach it too.
     """
-    package = find_spec("hyperadapt_peft")
-    assert package is not None and package.origin is not None, "it is installed with this module"
-    startup = Path(package.origin).parent / "cli" / "startup"
+    startup = Path(__file__).with_name("hyperadapt_peft") / "cli" / "startup"
     paths = [str(startup), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     try:

@@ -9,7 +9,8 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+import timeit
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,6 @@ METHODS: dict[str, dict[str, Any] | None] = {
 BLOCKS = {"ROAD": ("group_size", 64), "C3A": ("block_size", 256)}  # the default, or what divides it and every width
 REPEATS = 3  # of loading and merging
 
-
 Setup = tuple[Any, torch.optim.Optimizer | None]  # a model in training, and its optimizer; a frozen one has none
 
 
@@ -61,7 +61,7 @@ def bench(
     sequence_length: int = 256,
     dtype: str = "float32",
     rounds: int = 7,
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] | None = None,
     output_dir: str | Path = "runs/bench",
     device: str = "cpu",
     autocast: bool = False,
@@ -75,9 +75,7 @@ def bench(
     method, in random order; `step_ratio` is the median over the rounds of the ratio to the frozen step of the same
     round.
 
-    A method for which the device's memory is too small has a row that says so and nothing else.
-
-    Each row also has:
+    A method for which the device's memory is too small has a row that says so and nothing else. Other rows also have:
         kernels, training_kernels: the kernels of a call in inference, and of a training step, of one linear layer
             without bias of width 256 in `dtype`; `KernelCounter` says what counts.
         syncs: the operations among those that wait for the device.
@@ -86,8 +84,8 @@ def bench(
         peak_bytes: the most memory of a step beside the base model's weights: the method's own parameters and
             optimizer states, and what torch allocates during the step.
         adapter_bytes: the weights that `save_pretrained` writes; the whole model for `full`.
-        load_seconds: `PeftModel.from_pretrained` onto a model in memory, the median of three.
-        merge_seconds: `merge_adapter`, the median of three.
+        load_seconds, merge_seconds: `PeftModel.from_pretrained` onto a model in memory, and `merge_adapter`, the
+            medians of three. These and `adapter_bytes` are measured on the CPU only.
 
     Args:
         model: see `load_config`.
@@ -96,20 +94,20 @@ def bench(
         sequence_length: their length in tokens, all the same.
         dtype: of the base model's weights.
         rounds: how many rounds are timed.
-        methods: which of `METHODS`; the frozen model is always measured.
+        methods: which of `METHODS`, default all; the frozen model is always measured.
         output_dir: where the results go; earlier ones there are replaced.
-        device: where it runs: `cpu`, or `cuda`, where files and merges are not measured.
+        device: where it runs, `cpu` or `cuda`.
         autocast: whether the forward pass is under autocast to bfloat16.
         gradient_checkpointing: whether each block keeps its input only, and is computed again.
 
     Raises:
         RecipeError: a method or the model does not exist, or they do not fit each other.
     """
-    for name in methods:
+    names = dict.fromkeys([FROZEN, *(METHODS if methods is None else methods)])
+    for name in names:
         if name not in METHODS:
-            raise RecipeError(
-                f"methods: expected some of {', '.join(METHODS)}, got {name!r}{suggestion(name, METHODS)}"
-            )
+            expected = f"expected some of {', '.join(METHODS)}"
+            raise RecipeError(f"methods: {expected}, got {name!r}{suggestion(name, METHODS)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("device: torch sees no GPU here")
     if rounds < 1:
@@ -123,33 +121,30 @@ def bench(
         batch = make_batch(base, batch_size, sequence_length)
     if gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    names = dict.fromkeys([FROZEN, *methods])
     setups = {name: _set_up(name, base, kind) for name in tqdm(names, desc="models", unit="model")}
     if autocast:
         for adapted, _ in setups.values():
             adapted.forward = torch.autocast(device, torch.bfloat16)(adapted.forward)
-    rows: list[dict[str, Any]] = []
-    for name in (bar := tqdm(names, desc="memory", unit="method")):
+    rows: dict[str, dict[str, Any]] = {name: {"method": name} for name in names}
+    for name, row in (bar := tqdm(rows.items(), desc="memory", unit="method")):
         bar.set_postfix_str(name)
-        row = {"method": name}
         try:
-            row |= _measure(setups[name], base, batch)
+            row |= _measure(setups[name], base, batch) | _kernels(name, base.dtype)
         except torch.OutOfMemoryError:
             if name == FROZEN:
                 raise
             del setups[name]
             gc.collect()
             torch.cuda.empty_cache()
-            rows.append(row | {"out_of_memory": True})
-        else:
-            rows.append(row | _kernels(name, base.dtype))
+            row["out_of_memory"] = True
     seconds = _time(setups, batch, rounds)
-    for row in rows:
-        if row["method"] not in setups:
-            continue
-        own = seconds[row["method"]]
+    for name, own in seconds.items():
         ratios = [step / frozen for step, frozen in zip(own, seconds[FROZEN], strict=True)]
-        row |= {"step_seconds": statistics.median(own), "step_ratio": statistics.median(ratios), "step_ratios": ratios}
+        rows[name] |= {
+            "step_seconds": statistics.median(own),
+            "step_ratio": statistics.median(ratios),
+            "step_ratios": ratios,
+        }
     results = {
         "model": {"name": model, "class": type(base).__name__, "parameters": base.num_parameters()},
         "settings": {
@@ -165,7 +160,7 @@ def bench(
         },
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("hyperadapt_peft", "peft", "transformers", "torch")},
-        "rows": rows,
+        "rows": [*rows.values()],
     }
     _write(Path(output_dir), results)
     return results
@@ -194,8 +189,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _set_up(name: str, base: PreTrainedModel, task: Task) -> Setup:
-    section = METHODS[name]
-    if name == FROZEN or section is None:
+    if (section := METHODS[name]) is None:
         frozen = _share(base).requires_grad_(False)
         frozen.enable_input_require_grads()
         return frozen, None
@@ -282,22 +276,16 @@ def _files(model: Any, base: PreTrainedModel, trained: bool) -> dict[str, Any]:
         row["adapter_bytes"] = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
         if not isinstance(model, PeftModel):
             return row
-        seconds = []
-        for _ in range(REPEATS):
-            fresh = _share(base)
-            start = time.perf_counter()
-            PeftModel.from_pretrained(fresh, directory)
-            seconds.append(time.perf_counter() - start)
-        row["load_seconds"] = statistics.median(seconds)
+        bases = [_share(base) for _ in range(REPEATS)]
+        row["load_seconds"] = _median(lambda: PeftModel.from_pretrained(bases.pop(), directory))
     apart: Any = copy.deepcopy(model)  # with weights of its own
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        apart.merge_adapter()
-        seconds.append(time.perf_counter() - start)
-        apart.unmerge_adapter()
-    row["merge_seconds"] = statistics.median(seconds)
+    apart.merge_adapter()
+    row["merge_seconds"] = _median(apart.merge_adapter, setup=apart.unmerge_adapter)
     return row
+
+
+def _median(run: Callable[[], Any], setup: Callable[[], Any] | str = "pass") -> float:
+    return statistics.median(timeit.repeat(run, setup, number=1, repeat=REPEATS))
 
 
 def _time(setups: dict[str, Setup], batch: dict[str, torch.Tensor], rounds: int) -> dict[str, list[float]]:

@@ -1,78 +1,74 @@
-"""What each command does with its parsed arguments. Each imports what it needs: `inspect` takes no data sets."""
+"""What each command does with its arguments, by name. Each imports what it needs: `inspect` takes no data sets."""
 
-import argparse
+from collections.abc import Callable
 from typing import Any
 
 from .errors import errors_about
 
 
-def train(args: argparse.Namespace) -> None:
+def train(recipe: str, overrides: list[str], dry_run: bool, **options: bool) -> None:
     """Run a recipe, or with `--dry-run` show it."""
+    from . import train
     from .recipe import load
-    from .train import dry_run, summary, train
 
-    recipe = load(args.recipe, args.overrides)
-    if args.dry_run:
-        print(dry_run(recipe), end="")
+    checked = load(recipe, overrides)
+    if dry_run:
+        print(train.dry_run(checked), end="")
         return
-    results = train(recipe, args.resume, args.overwrite, args.verify)
-    if recipe.arguments.process_index == 0:
-        print(summary(results))
+    results = train.train(checked, **options)
+    if checked.arguments.process_index == 0:
+        print(train.summary(results))
 
 
-def compare(args: argparse.Namespace) -> None:
+def compare(comparison: str) -> None:
     """Run a comparison and print its tables."""
     from .compare import compare, load, table
 
-    comparison = load(args.comparison)
-    print(table(compare(comparison)))
-    print(f"Next: `hyperadapt inspect` an adapter in {comparison.output_dir}; comparison.png there plots the table.")
+    checked = load(comparison)
+    print(table(compare(checked)))
+    print(f"Next: `hyperadapt inspect` an adapter in {checked.output_dir}; comparison.png there plots the table.")
 
 
-def bench(args: argparse.Namespace) -> None:
+def bench(**options: Any) -> None:
     """Measure and print the table."""
-    from .bench import METHODS, bench, table
+    from .bench import bench, table
 
-    own = ("rounds", "output_dir", "device", "autocast", "gradient_checkpointing")
-    options = _model_options(args) | {key: getattr(args, key) for key in own}
-    print(table(bench(args.model, methods=args.methods or tuple(METHODS), **options)["rows"]))
+    print(table(bench(**options)["rows"]))
     print(
-        f"Next: `hyperadapt plan {args.model}` tells what training needs; {args.output_dir} has this table as a plot."
+        "Next: `hyperadapt plan {model}` tells what training needs; {output_dir} has this table as a plot.".format(
+            **options
+        )
     )
 
 
-def plan(args: argparse.Namespace) -> None:
+def plan(**options: Any) -> None:
     """Print the plan."""
     from .plan import plan
 
-    print(plan(args.model, args.tuner, **_model_options(args)))
+    print(plan(**options))
     print("\nNext: put the model and the tuner into a recipe (configs/ has some) and run `hyperadapt train RECIPE`.")
 
 
-def _model_options(args: argparse.Namespace) -> dict[str, Any]:
-    return {key: getattr(args, key) for key in ("task", "batch_size", "sequence_length", "dtype")}
-
-
-def inspect(args: argparse.Namespace) -> None:
+def inspect(adapter: str, beside: str | None, model: str | None, output: str | None) -> None:
     """Print the table of one adapter or two, and write it into a directory if there is one."""
     from pathlib import Path
 
     from ..adapters import inspection
 
     reports = {}
-    for adapter in filter(None, (args.adapter, args.beside)):
-        with errors_about(adapter, adapter, RuntimeError, KeyError):
-            model = inspection.load(adapter, args.model)
-            label = model.active_peft_config.peft_type.value
-            reports[label if label not in reports else adapter] = inspection.inspect_adapter(model)
+    for name in filter(None, (adapter, beside)):
+        with errors_about(name, name, RuntimeError, KeyError):
+            adapted = inspection.load(name, model)
+            label = adapted.active_peft_config.peft_type.value
+            reports[label if label not in reports else name] = inspection.inspect_adapter(adapted)
     print(inspection.table(reports))
-    if args.output:
-        inspection.write(reports, Path(args.output))
-        print(f"Next: {Path(args.output, 'ranks.png')} plots the singular values and ranks.")
+    if output:
+        inspection.write(reports, Path(output))
+        print(f"Next: {Path(output, 'ranks.png')} plots the singular values and ranks.")
     else:
         print(
             "Next: `--beside ADAPTER` shows another adapter beside it, `--output DIRECTORY` writes the plot and data."
         )
 
 
-COMMANDS = {"train": train, "compare": compare, "bench": bench, "plan": plan, "inspect": inspect}
+COMMANDS: dict[str, Callable[..., None]] = {"train": train, "compare": compare, "bench": bench, "plan": plan, "inspect": inspect}
