@@ -71,4 +71,10 @@ def inspect(adapter: str, beside: str | None, model: str | None, output: str | N
         )
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"train": train, "compare": compare, "bench": bench, "plan": plan, "inspect": inspect}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "compare": compare,
+    "bench": bench,
+    "plan": plan,
+    "inspect": inspect,
+}

@@ -86,7 +86,8 @@ def plan(
         RecipeError: the config or the tuner is wrong, or the method adapts no layers, or reads the weights' values.
     """
     kind = find_task(task)
-    peft_type, peft_config = read_tuner(tuner, kind)
+    section, peft_config = read_tuner(tuner, kind)
+    peft_type = section["peft_type"]
     if peft_type == "NONE":
         raise RecipeError("tuner.peft_type: NONE has no adapter; there is nothing to plan")
     if peft_config is not None and peft_config.is_prompt_learning:

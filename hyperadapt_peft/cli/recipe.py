@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Union, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_type_hints
 
 import yaml
 from peft import PeftConfig, PeftType
@@ -23,6 +23,7 @@ from .tasks import Task, find_task
 
 
 SECTIONS = ("task", "model", "data", "tuner", "training")
+T = TypeVar("T")
 WITHOUT_ADAPTER = ("FULL", "NONE")  # every parameter is trained; only the classification head is
 
 
@@ -109,38 +110,27 @@ def check_sections(values: Mapping[str, Any]) -> None:
 def check(values: Mapping[str, Any]) -> Recipe:
     """The recipe that `values` (section -> its content) describe. Raises RecipeError."""
     check_sections(values)
+    resolved: dict[str, Any] = {section: copy.deepcopy(values[section]) for section in SECTIONS}
     task = find_task(str(values["task"]))
-    peft_type, peft_config, fields = _tuner(values["tuner"], task)
-    check_fields("model.", values["model"], Model)
-    check_fields("data.", values["data"], task.data)
-    check_fields("training.", values["training"], TrainingArguments)
+    resolved["tuner"], peft_config = read_tuner(values["tuner"], task)
+    model = make("model", values["model"], Model)
+    data = make("data", values["data"], task.data)
     if not values["training"].get("output_dir"):
         raise RecipeError("training.output_dir: missing")
-    tuner = {"peft_type": peft_type, **fields}
-    with errors_about("training"):
-        arguments = TrainingArguments(**copy.deepcopy(values["training"]))
-    recipe = Recipe(
-        task=task,
-        model=Model(**values["model"]),
-        data=task.data(**values["data"]),
-        peft_type=peft_type,
-        peft_config=peft_config,
-        arguments=arguments,
-        resolved={section: tuner if section == "tuner" else copy.deepcopy(values[section]) for section in SECTIONS},
-    )
+    arguments = make("training", values["training"], TrainingArguments)
     for key in ("bf16_full_eval", "fp16_full_eval", "prediction_loss_only"):
         if getattr(arguments, key):  # the Trainer would round the weights being trained; or give no accuracy
             raise RecipeError(f"training.{key}: not supported")
     checkpoint = arguments.resume_from_checkpoint
     if checkpoint is not None and not Path(checkpoint).is_dir():
         raise RecipeError(f"training.resume_from_checkpoint: no such directory '{checkpoint}'")
-    if arguments.eval_strategy != "no" and recipe.data.validation_split is None:
+    if arguments.eval_strategy != "no" and data.validation_split is None:
         raise RecipeError("data.validation_split: expected a split, for training.eval_strategy is not 'no'")
-    return recipe
+    return Recipe(task, model, data, resolved["tuner"]["peft_type"], peft_config, arguments, resolved)
 
 
-def read_tuner(values: Mapping[str, Any] | str, task: Task) -> tuple[str, PeftConfig | None]:
-    """The type and the config that a `tuner` section, or its YAML, describes; FULL and NONE have no config.
+def read_tuner(values: Mapping[str, Any] | str, task: Task) -> tuple[dict[str, Any], PeftConfig | None]:
+    """A `tuner` section, or its YAML, completed with what the task implies, and its config, which FULL and NONE lack.
 
     Raises:
         RecipeError: anything in it is wrong; the message is one line that names the key.
@@ -148,7 +138,29 @@ def read_tuner(values: Mapping[str, Any] | str, task: Task) -> tuple[str, PeftCo
     section = _parse(values, "tuner") if isinstance(values, str) else values
     if not isinstance(section, Mapping):
         raise RecipeError(f"tuner: expected keys with values, got {section!r}")
-    return _tuner(section, task)[:2]
+    fields = copy.deepcopy(dict(section))
+    known = [*(str(kind.value) for kind in PEFT_TYPE_TO_CONFIG_MAPPING), *WITHOUT_ADAPTER]
+    if "peft_type" not in fields:
+        raise RecipeError("tuner.peft_type: missing, expected a PEFT method such as HYPERADAPT")
+    peft_type = str(fields.pop("peft_type"))
+    if peft_type not in known:
+        raise RecipeError(f"tuner.peft_type: unknown type {peft_type!r}{suggestion(peft_type, known)}")
+    if peft_type not in WITHOUT_ADAPTER:
+        fields.setdefault("task_type", task.task_type)
+        config = make("tuner", fields, PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)])
+        return {"peft_type": peft_type, **fields}, config
+    if fields:
+        raise RecipeError(f"tuner.{next(iter(fields))}: unknown key; {peft_type} takes none")
+    if peft_type == "NONE" and not task.has_head:
+        raise RecipeError("tuner.peft_type: NONE trains the classification head only, and this task has none")
+    return {"peft_type": peft_type}, None
+
+
+def make(section: str, values: Mapping[str, Any], cls: type[T]) -> T:
+    """`cls(**values)` of a checked section; what the class itself refuses is a RecipeError too."""
+    check_fields(f"{section}.", values, cls)
+    with errors_about(section):
+        return cls(**copy.deepcopy(dict(values)))  # PEFT extends lists it was given
 
 
 def check_fields(prefix: str, values: Mapping[str, Any], cls: type[Any]) -> None:
@@ -157,7 +169,7 @@ def check_fields(prefix: str, values: Mapping[str, Any], cls: type[Any]) -> None
     Args:
         prefix: what the keys are called by in a message, `training.` or nothing.
         values: plain data, as YAML gives it.
-        cls: the dataclass, whose own checks come when it is made.
+        cls: the dataclass.
 
     Raises:
         RecipeError: a key is unknown, missing or of another type; the message is one line that names it.
@@ -246,25 +258,3 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise RecipeError(f"{override}: '{section}' has no keys")
     values[key] = _parse(text, path)
-
-
-def _tuner(values: Mapping[str, Any], task: Task) -> tuple[str, PeftConfig | None, dict[str, Any]]:
-    """The tuner's type, its config, and its fields, completed with what the task implies."""
-    fields = copy.deepcopy(dict(values))
-    known = [*(str(kind.value) for kind in PEFT_TYPE_TO_CONFIG_MAPPING), *WITHOUT_ADAPTER]
-    if "peft_type" not in fields:
-        raise RecipeError("tuner.peft_type: missing, expected a PEFT method such as HYPERADAPT")
-    peft_type = str(fields.pop("peft_type"))
-    if peft_type not in known:
-        raise RecipeError(f"tuner.peft_type: unknown type {peft_type!r}{suggestion(peft_type, known)}")
-    if peft_type in WITHOUT_ADAPTER:
-        if fields:
-            raise RecipeError(f"tuner.{next(iter(fields))}: unknown key; {peft_type} takes none")
-        if peft_type == "NONE" and not task.has_head:
-            raise RecipeError("tuner.peft_type: NONE trains the classification head only, and this task has none")
-        return peft_type, None, {}
-    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)]
-    check_fields("tuner.", fields, config_class)
-    fields.setdefault("task_type", task.task_type)
-    with errors_about("tuner"):
-        return peft_type, config_class(**copy.deepcopy(fields)), fields  # PEFT extends lists it was given
