@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
@@ -45,8 +45,6 @@ class Data:
     max_test_samples: Count | None = None
     metric: str = "accuracy"
 
-    column_keys: ClassVar[tuple[str, ...]] = ()  # the fields that name columns
-
     def __post_init__(self) -> None:
         if self.validation_split is None and self.test_split is None:
             raise RecipeError("data.test_split: expected a split to evaluate on, here or in data.validation_split")
@@ -66,7 +64,7 @@ class Data:
     @property
     def columns(self) -> dict[str, str]:
         """Key of this section -> the column it names."""
-        return {key: getattr(self, key) for key in self.column_keys if getattr(self, key) is not None}
+        return {key: column for key, column in vars(self).items() if key.endswith("_column") and column is not None}
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,6 @@ class TextClassificationData(Data):
     label_column: str = "label"
     max_length: int = 128
     metric: Literal["accuracy", "f1", "matthews_correlation", "pearson", "spearman"] = "accuracy"
-
-    column_keys = ("text_column", "text_pair_column", "label_column")
 
 
 @dataclass(frozen=True)
@@ -117,8 +113,6 @@ class PromptData(Data):
     answer_pattern: str | None = None
     max_new_tokens: int = 128
 
-    column_keys = ("prompt_column", "completion_column")
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.metric == "choice_likelihood" and self.choices is None:
@@ -144,17 +138,15 @@ class PromptData(Data):
         completion = str(row[self.completion_column])
         if self.choices is None:
             return prompt, completion, []
-        choices = (
-            [self._format(choice, row) for choice in self.choices]
-            if isinstance(self.choices, list)
-            else _nested(row, self.choices)
-        )
-        labels = self.choice_labels or [str(index) for index in range(len(choices))]
+        if isinstance(self.choices, list):
+            choices = [self._format(choice, row) for choice in self.choices]
+        else:
+            choices = _nested(row, self.choices)
+        labels = self.choice_labels or range(len(choices))
         names = [str(label) for label in (_nested(row, labels) if isinstance(labels, str) else labels)]
         if completion not in names:
-            raise RecipeError(
-                f"data.choice_labels: {completion!r} in {self.completion_column} is not one of {', '.join(names)}"
-            )
+            wrong = f"{completion!r} in {self.completion_column} is not one of {', '.join(names)}"
+            raise RecipeError(f"data.choice_labels: {wrong}")
         right = choices[names.index(completion)]
         return prompt, right, [choice for choice in choices if choice != right]
 
@@ -179,8 +171,6 @@ class ImageClassificationData(Data):
     label_column: str = "label"
     image_size: int | None = None
     metric: Literal["accuracy", "f1", "matthews_correlation"] = "accuracy"
-
-    column_keys = ("image_column", "label_column")
 
 
 def _nested(row: dict[str, Any], column: str) -> Any:
@@ -213,20 +203,19 @@ def load_splits(data: Data) -> dict[str, Dataset]:
     with errors_about(f"data: cannot load '{data.name}'", source, DatasetsError):
         if Path(data.name, "dataset_dict.json").is_file():
             saved = load_from_disk(data.name)
-            missing = next((split for split in data.splits.values() if split not in saved), None)
-            if missing:
-                raise RecipeError(f"data: {data.name} has no split '{missing}'{suggestion(missing, saved)}")
-            loaded = [saved[split] for split in data.splits.values()]
+            for split in data.splits.values():
+                if split not in saved:
+                    raise RecipeError(f"data: {data.name} has no split '{split}'{suggestion(split, saved)}")
+            splits = {role: saved[split] for role, split in data.splits.items()}
         else:
             options = {"name": data.config, "revision": data.revision, "data_files": data.data_files}
             loaded = load_dataset(data.name, split=list(data.splits.values()), **options)
-    splits = dict(zip(data.splits, loaded, strict=True))
+            splits = dict(zip(data.splits, loaded, strict=True))
     for role, split in splits.items():
         for key, column in data.columns.items():
             if column not in split.column_names:
-                raise RecipeError(
-                    f"data.{key}: the {role} split has no column '{column}'{suggestion(column, split.column_names)}"
-                )
+                hint = suggestion(column, split.column_names)
+                raise RecipeError(f"data.{key}: the {role} split has no column '{column}'{hint}")
         limit = getattr(data, f"max_{role}_samples")
         if limit is not None and limit < len(split):
             splits[role] = split.shuffle(seed=0).select(range(limit))

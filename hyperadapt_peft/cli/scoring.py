@@ -1,4 +1,4 @@
-"""Metrics, and the evaluation steps behind those that a forward pass with labels does not show."""
+"""Metrics, and the Trainers: batches that a resumed run finds again, and evaluation beyond a forward pass with labels."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -9,13 +9,12 @@ import torch
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch.nn import functional as F
-from transformers import EvalPrediction, PreTrainedTokenizerBase
-
-from .resuming import ResumableTrainer
+from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 IGNORED = -100  # the label that the loss leaves out
-Metrics = Mapping[str, Callable[[EvalPrediction], float]]
+Metrics = Mapping[str, Callable[[Any, Any], Any]]  # name -> a function of the labels and the predictions
 
 
 def predict(logits: Any, labels: torch.Tensor) -> torch.Tensor:
@@ -33,21 +32,12 @@ def predict(logits: Any, labels: torch.Tensor) -> torch.Tensor:
 def classification(classes: int) -> Metrics:
     """Accuracy, F1 (of the second class of two, else the mean over classes) and Matthews' correlation."""
     f1 = partial(f1_score, average="binary" if classes == 2 else "macro", zero_division=0)
-    functions = {"accuracy": accuracy_score, "f1": f1, "matthews_correlation": matthews_corrcoef}
-    return {name: partial(_of_labels, function) for name, function in functions.items()} | {"majority": _majority}
+    metrics = {"accuracy": accuracy_score, "f1": f1, "matthews_correlation": matthews_corrcoef}
+    return metrics | {"majority": lambda labels, _: np.bincount(labels).max() / len(labels)}
 
 
-def _of_labels(function: Callable[[Any, Any], float], prediction: EvalPrediction) -> float:
-    return float(function(prediction.label_ids, prediction.predictions))
-
-
-def _majority(prediction: EvalPrediction) -> float:
-    """The accuracy of the most frequent label."""
-    return float(np.bincount(np.asarray(prediction.label_ids)).max() / len(prediction.label_ids))
-
-
-def _correlation(function: Callable[[Any, Any], Any], prediction: EvalPrediction) -> float:
-    return float(np.nan_to_num(function(prediction.predictions, prediction.label_ids).statistic))  # a constant: 0
+def _correlation(function: Callable[[Any, Any], Any], labels: Any, predictions: Any) -> float:
+    return np.nan_to_num(function(predictions, labels).statistic)  # 0 for a constant
 
 
 REGRESSION: Metrics = {
@@ -56,16 +46,36 @@ REGRESSION: Metrics = {
 }
 
 
-def token_accuracy(prediction: EvalPrediction) -> float:
+def token_accuracy(labels: Any, predictions: Any) -> float:
     """Accuracy over the completions' tokens, each predicted from the right ones before it."""
-    predicted, labels = np.asarray(prediction.predictions)[:, :-1], np.asarray(prediction.label_ids)[:, 1:]
-    counted = labels != IGNORED
-    return float((predicted == labels)[counted].mean())
+    counted = labels[:, 1:] != IGNORED
+    return (predictions[:, :-1] == labels[:, 1:])[counted].mean()
 
 
-def mean(prediction: EvalPrediction) -> float:
+def mean(labels: Any, predictions: Any) -> float:
     """The share of right answers, where the evaluation step has judged them."""
-    return float(np.mean(prediction.predictions))
+    return np.mean(predictions)
+
+
+class _EpochSampler(LengthGroupedSampler):
+    """Draws its order from the seed and the epoch: a run resumed within an epoch could not find the global state."""
+
+    seed: int
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+
+class ResumableTrainer(Trainer):
+    """A Trainer whose batches grouped by length are, after resuming, those of the uninterrupted run."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler = _EpochSampler(sampler.batch_size, lengths=sampler.lengths)
+            sampler.seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler.set_epoch(0)  # accelerate does not find it when there are several processes, and they must agree
+        return sampler
 
 
 class ArgmaxTrainer(ResumableTrainer):

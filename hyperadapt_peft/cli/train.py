@@ -29,6 +29,7 @@ from .tasks import EncodedData
 
 
 HEADS = ("classifier", "score")  # what PEFT too takes for a classification head
+PACKAGES = ("hyperadapt_peft", "peft", "transformers", "accelerate", "datasets", "torch")
 EVALUATIONS = {"before": "before training", "after": "after training", "reloaded": "reloaded from disk"}
 
 
@@ -69,14 +70,14 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, verify:
             model.config.pad_token_id = pad
         return model
 
-    model = _adapted(recipe, base_model(recipe.arguments.seed), bool(data.labels))
+    model = _adapted(recipe, base_model(recipe.arguments.seed))
     trainer = _trainer(recipe, model, data)
     _check_sharding(trainer, verify)
     if overwrite and recipe.arguments.should_save:
         for path in [*earlier, *output.glob(".saving-*")]:  # the latter by runs that were killed
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     adapter = output / "adapter"
-    results: dict[str, Any] = {"parameters": _parameters(model, _head(model, bool(data.labels)))}
+    results: dict[str, Any] = {"parameters": _parameters(recipe, model)}
     if verify:
         with torch.random.fork_rng():  # training is the same without it
             results["before"] = _evaluate(trainer, data)
@@ -103,10 +104,8 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, verify:
         "seconds": {"train": done.metrics["train_runtime"], "total": time.monotonic() - started},
         "peak_rss_bytes": _peak_rss(),
         "recipe": recipe.resolved,
-        "versions": {"python": platform.python_version()},
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
     }
-    for package in ("hyperadapt_peft", "peft", "transformers", "accelerate", "datasets", "torch"):
-        results["versions"][package] = version(package)
     if recipe.arguments.should_save:
         _write(output / "metrics.json", json.dumps(results, indent=2) + "\n")
     if verify and not _same(results["after"], results["reloaded"]):
@@ -130,11 +129,11 @@ def dry_run(recipe: Recipe) -> str:
         return text + f"# parameters not counted: {name} is not on this machine\n"
     _change(config, recipe.model.config)
     with torch.device("meta"):
-        model = recipe.task.auto_model.from_config(config)
         # another number of classes changes the head only, which is not counted
-        model = _adapted(recipe, model, recipe.task.has_head)
-    parameters = _parameters(model, _head(model, recipe.task.has_head))
-    return text + f"# trainable outside the head: {parameters['trainable_outside_head']:,} parameters\n"
+        model = _adapted(recipe, recipe.task.auto_model.from_config(config))
+    return (
+        text + f"# trainable outside the head: {_parameters(recipe, model)['trainable_outside_head']:,} parameters\n"
+    )
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -182,9 +181,9 @@ def _encode(recipe: Recipe) -> EncodedData:
     return data
 
 
-def _adapted(recipe: Recipe, model: PreTrainedModel, has_head: bool) -> PreTrainedModel | PeftModel:
+def _adapted(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
     """The model with the recipe's tuner, its classification head trainable."""
-    head = _head(model, has_head)
+    head = _head(recipe, model)
     config = recipe.peft_config
     if config is None:
         for name, parameter in model.named_parameters():
@@ -199,9 +198,9 @@ def _adapted(recipe: Recipe, model: PreTrainedModel, has_head: bool) -> PreTrain
     return adapted
 
 
-def _head(model: PreTrainedModel | PeftModel, has_head: bool) -> list[str]:
+def _head(recipe: Recipe, model: PreTrainedModel | PeftModel) -> list[str]:
     """The names of the children that make the classification head: the usual names, or all beside the encoder."""
-    if not has_head:
+    if not recipe.task.has_head:
         return []
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     names = [name for name, child in base.named_children() if any(True for _ in child.parameters())]
@@ -212,20 +211,21 @@ def _is_in(head: list[str], parameter: str) -> bool:
     return not set(head).isdisjoint(parameter.split("."))
 
 
-def _parameters(model: PreTrainedModel | PeftModel, head: list[str]) -> dict[str, int]:
+def _parameters(recipe: Recipe, model: PreTrainedModel | PeftModel) -> dict[str, int]:
     """How many parameters there are, and how many are trained; ZeRO-3 has replaced them by empty ones of a `ds_numel`."""
-    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
-    trainable = {name: sizes[name] for name, p in model.named_parameters() if p.requires_grad}
-    return {
-        "total": sum(sizes.values()),
-        "trainable": sum(trainable.values()),
-        "trainable_outside_head": sum(size for name, size in trainable.items() if not _is_in(head, name)),
-    }
+    head, counts = _head(recipe, model), {"total": 0, "trainable": 0, "trainable_outside_head": 0}
+    for name, parameter in model.named_parameters():
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        counts["total"] += size
+        counts["trainable"] += size * parameter.requires_grad
+        counts["trainable_outside_head"] += size * (parameter.requires_grad and not _is_in(head, name))
+    return counts
 
 
 def _trainer(recipe: Recipe, model: PreTrainedModel | PeftModel, data: EncodedData) -> Trainer:
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
-        return {name: metric(prediction) for name, metric in data.metrics.items()}
+        scored = prediction.label_ids, prediction.predictions
+        return {name: metric(*scored) for name, metric in data.metrics.items()}
 
     with errors_about("training"):
         return data.trainer(
@@ -311,16 +311,12 @@ def _write(path: Path, text: str) -> None:
 
 def _last_checkpoint(output: Path) -> str | None:
     """The latest checkpoint in `output` that was written to its end: the Trainer's state is its last file."""
-    complete = [file.parent for file in output.glob("checkpoint-*/trainer_state.json") if _is_json(file)]
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
-
-
-def _is_json(file: Path) -> bool:
-    """Whether a JSON file was written to its end: no beginning of an object is JSON."""
-    try:
-        return bool(json.loads(file.read_text()))
-    except ValueError:
-        return False
+    states = output.glob("checkpoint-*/trainer_state.json")
+    for state in sorted(states, key=lambda file: int(file.parent.name.rpartition("-")[2]), reverse=True):
+        with suppress(ValueError):  # no beginning of an object is JSON
+            json.loads(state.read_text())
+            return str(state.parent)
+    return None
 
 
 def _peak_rss() -> int:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import EvalPrediction
 
 from hyperadapt_peft.cli.data import PromptData
 from hyperadapt_peft.cli.errors import RecipeError
@@ -18,7 +17,7 @@ from .test_train import check_metrics, run
 
 
 def score(metrics, predictions, labels):
-    return {name: metric(EvalPrediction(np.array(predictions), np.array(labels))) for name, metric in metrics.items()}
+    return {name: metric(np.array(labels), np.array(predictions)) for name, metric in metrics.items()}
 
 
 def test_classification_metrics():
