@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 from transformers import PreTrainedModel
 
-from ..integrations.hub import AUTO_CLASSES
+from ..integrations.hub import auto_class
 from ..tuners.hyperadapt import HyperAdaptLayer
 
 
@@ -35,13 +35,10 @@ def load(adapter: str | Path, base: str | None = None) -> PeftModel:
     """
     config = PeftConfig.from_pretrained(str(adapter))
     source = base or config.base_model_name_or_path
-    auto = getattr(peft, AUTO_CLASSES.get(str(config.task_type), ""), None)
-    name = (config.auto_mapping or {}).get("base_model_class", "")
-    model_cls: Any = auto._target_class if auto else getattr(transformers, name, None)
-    if source is None or model_cls is None:
+    auto, name = auto_class(config), (config.auto_mapping or {}).get("base_model_class", "")
+    model_cls: Any = getattr(peft, auto)._target_class if auto else getattr(transformers, name, None)
+    if source is None or not (auto or (isinstance(model_cls, type) and issubclass(model_cls, PreTrainedModel))):
         raise ValueError(f"{adapter}: its config names no base model that transformers has")
-    if auto is None and not (isinstance(model_cls, type) and issubclass(model_cls, PreTrainedModel)):
-        raise ValueError(f"{adapter}: {name} is no model of transformers")
     config.task_type = config.modules_to_save = None  # type: ignore[attr-defined]
     model = PeftModel(model_cls.from_pretrained(source, dtype=torch.float32), config)
     weights = load_peft_weights(str(adapter), device="cpu")
@@ -67,7 +64,7 @@ def inspect_adapter(model: PeftModel, adapter_name: str = "default") -> dict[str
         entry["relative_norm"] = float(delta.norm() / weight.float().norm())
         if isinstance(module, HyperAdaptLayer):
             sides = zip(("row", "column"), module.get_offsets(adapter_name), strict=True)
-            entry["scales"] = {side: statistics(1 + offset) for side, offset in sides if offset is not None}
+            entry["scales"] = {side: _statistics(1 + offset) for side, offset in sides if offset is not None}
         report[name] = entry
     if not report:
         method = PeftType(model.peft_config[adapter_name].peft_type).value
@@ -91,14 +88,9 @@ def describe(delta: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def statistics(scales: torch.Tensor) -> dict[str, float]:
-    """Mean, standard deviation, smallest and largest."""
-    return {
-        "mean": float(scales.mean()),
-        "std": float(scales.std(correction=0)),
-        "min": float(scales.min()),
-        "max": float(scales.max()),
-    }
+def _statistics(scales: torch.Tensor) -> dict[str, float]:
+    values = {"mean": scales.mean(), "std": scales.std(correction=0), "min": scales.min(), "max": scales.max()}
+    return {name: float(value) for name, value in values.items()}
 
 
 def table(reports: Mapping[str, Mapping[str, Any]]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, cast
 
 from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, PeftType
 
@@ -20,64 +21,46 @@ if TYPE_CHECKING:
     from peft.config import PeftConfig
 
 _BEGIN, _END = "<!-- hyperadapt_peft: usage -->", "<!-- hyperadapt_peft: end of usage -->"
-AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoPeftModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
-    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
-    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
-}
-_USAGE = """\
-{begin}
-## Use this {peft_type} adapter
 
-PEFT finds this adapter's method only after `import hyperadapt_peft`; without it, loading ends in
-`KeyError: '{peft_type}'`.
 
-```bash
-{install}
-```
-
-```python
-import hyperadapt_peft  # registers {peft_type} with PEFT
-{snippet}
-```
-
-- Base model: {base}
-- Method: {peft_type}, `{config}`
-{end}
-"""
-_AUTO_SNIPPET = """\
-from peft import {auto}
-
-adapter = "..."  # this repository's id, or this directory
-model = {auto}.from_pretrained(adapter)"""
-_PLAIN_SNIPPET = """\
-from peft import PeftModel
-
-adapter = "..."  # this repository's id, or this directory
-base_model = ...  # {base}
-model = PeftModel.from_pretrained(base_model, adapter{subfolder})"""
+def auto_class(config: PeftConfig) -> Optional[str]:
+    """Return the name of PEFT's auto class for the config's task, or None if there is none."""
+    model_cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(getattr(config.task_type, "value", config.task_type)))
+    return f"Auto{model_cls.__name__}" if model_cls else None
 
 
 def usage(config: PeftConfig, subfolder: str = "") -> str:
     """Return the Markdown section with install line, import line, base model, method and a loading snippet."""
     base = f"`{config.base_model_name_or_path}`" if config.base_model_name_or_path else "not recorded"
-    auto = AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)))
+    method, auto = PeftType(config.peft_type).value, auto_class(config)
     if auto and not subfolder:  # PEFT's auto classes look for the base model in the same subfolder
-        snippet = _AUTO_SNIPPET.format(auto=auto)
+        imported, loading = auto, f"model = {auto}.from_pretrained(adapter)"
     else:
-        snippet = _PLAIN_SNIPPET.format(base=base, subfolder=f", subfolder={subfolder!r}" if subfolder else "")
-    return _USAGE.format(
-        begin=_BEGIN,
-        end=_END,
-        install=INSTALL,
-        peft_type=PeftType(config.peft_type).value,
-        snippet=snippet,
-        base=base,
-        config=type(config).__name__,
-    )
+        imported, where = "PeftModel", f", subfolder={subfolder!r}" if subfolder else ""
+        loading = f"base_model = ...  # {base}\nmodel = PeftModel.from_pretrained(base_model, adapter{where})"
+    return f"""\
+{_BEGIN}
+## Use this {method} adapter
+
+PEFT finds this adapter's method only after `import hyperadapt_peft`; without it, loading ends in
+`KeyError: '{method}'`.
+
+```bash
+{INSTALL}
+```
+
+```python
+import hyperadapt_peft  # registers {method} with PEFT
+from peft import {imported}
+
+adapter = "..."  # this repository's id, or this directory
+{loading}
+```
+
+- Base model: {base}
+- Method: {method}, `{type(config).__name__}`
+{_END}
+"""
 
 
 def add_usage(directory: str | Path, config: PeftConfig) -> None:

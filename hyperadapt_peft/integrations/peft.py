@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from typing import Any, Optional, Union, cast
+from typing import Any, Union, cast
 
 import peft.mixed_model
 from peft.config import PeftConfig
@@ -27,7 +27,7 @@ from torch import nn
 
 from ..tuners.common.config import TargetConfig
 from ..tuners.common.loading import AtomicInjection
-from ..tuners.common.merging import AtomicMerging, check_merge, tuner_layers
+from ..tuners.common.merging import AtomicMerging
 
 
 _lock = threading.RLock()
@@ -61,11 +61,8 @@ def add_peft_type(name: str) -> PeftType:
             if name not in enum._member_names_:
                 enum._member_names_.append(name)
             enum._value2member_map_[name] = member
-            added = PeftType(name) is PeftType[name] is getattr(PeftType, name) is member and member in list(PeftType)
         except Exception as exc:
             raise RuntimeError(f"hyperadapt_peft cannot add {name} to PEFT's PeftType on this Python: {exc}") from exc
-        if not added:
-            raise RuntimeError(f"hyperadapt_peft cannot add {name} to PEFT's PeftType on this Python.")
         return member
 
 
@@ -136,22 +133,6 @@ class MixedModel(AtomicInjection, AtomicMerging, mixed_model.MixedModel):
             tuner._create_and_replace(self, config, *args, **kwargs)
         else:
             super()._create_and_replace(config, *args, **kwargs)
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: Optional[list[str]] = None,
-    ) -> None:  # PEFT's annotation; it returns the model
-        if merge:
-            check_merge(self.model, adapter_names, safe_merge)
-            for layer in reversed(tuner_layers(self.model)):
-                third = getattr(getattr(layer, "base_layer", None), "base_layer", None)
-                if isinstance(third, BaseTunerLayer):  # PEFT would merge the second before it
-                    third.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        # PEFT's own: AtomicMerging would check once more, with some layers merged already
-        return super(AtomicMerging, self)._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
 
 def _own_tuner(config: Any) -> Any:

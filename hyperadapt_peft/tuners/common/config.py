@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Optional, Union, cast
 
 from peft.config import PeftConfig
@@ -53,45 +53,15 @@ class TargetConfig(PeftConfig):
         ValueError: If a field has a value it cannot have. Both messages name the field and what it takes.
     """
 
-    target_modules: Optional[Union[list[str], set[str], str]] = field(
-        default=None,
-        metadata={
-            "help": "Names (list) or regular expression (str) of the modules to adapt, or 'all-linear'. "
-            "None means 'all-linear'."
-        },
-    )
-    exclude_modules: Optional[Union[list[str], set[str], str]] = field(
-        default=None,
-        metadata={"help": "Names (list) or regular expression (str) of the modules not to adapt."},
-    )
-    init_weights: bool = field(
-        default=True,
-        metadata={"help": "True starts as the identity; False starts from random values (for tests)."},
-    )
-    bias: str = field(
-        default="none",
-        metadata={"help": "Biases to train as well: 'none', 'all' or '<method>_only'."},
-    )
-    modules_to_save: Optional[list[str]] = field(
-        default=None,
-        metadata={"help": "Modules that are trained and saved whole, such as a new classification head."},
-    )
-    layers_to_transform: Optional[Union[list[int], int]] = field(
-        default=None,
-        metadata={"help": "Indices of the layers to adapt; all if None."},
-    )
-    layers_pattern: Optional[Union[list[str], str]] = field(
-        default=None,
-        metadata={"help": "Name of the module list that `layers_to_transform` counts in."},
-    )
-    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(
-        default=None,
-        metadata={"help": "Ids of tokens whose embeddings are trained as well."},
-    )
-    format_version: Optional[int] = field(
-        default=None,
-        metadata={"help": "The version of the adapter's file format, not to be set by hand."},
-    )
+    target_modules: Optional[Union[list[str], set[str], str]] = None
+    exclude_modules: Optional[Union[list[str], set[str], str]] = None
+    init_weights: bool = True
+    bias: str = "none"
+    modules_to_save: Optional[list[str]] = None
+    layers_to_transform: Optional[Union[list[int], int]] = None
+    layers_pattern: Optional[Union[list[str], str]] = None
+    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = None
+    format_version: Optional[int] = None
 
     # Of a config that was read from a file, until the adapter's weights are loaded: the names of the parameters that were
     # trainable before its layers were added, which a refused load restores. No field, and never saved.

@@ -41,9 +41,12 @@ class AtomicMerging(BaseTuner):
     ) -> None:  # PEFT's annotation; it returns the model
         if merge:
             check_merge(self.model, adapter_names, safe_merge)
-        return super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
+            for layer in reversed(tuner_layers(self.model)):
+                third = getattr(getattr(layer, "base_layer", None), "base_layer", None)
+                # of a PeftMixedModel, where PEFT would merge the second before it; parameters' wrappers unload themselves
+                if isinstance(third, BaseTunerLayer) and not hasattr(third, "unload_and_optionally_merge_module"):
+                    third.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
 
 def merge_layers(model: nn.Module, adapter_names: Optional[list[str]], safe_merge: bool) -> None:

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     set_adapter,
 )
-from peft.utils import get_quantization_kwargs
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 
 from .config import TargetConfig
@@ -40,17 +40,22 @@ from .targets import heads, outer_modules, refusal, save_heads, target_exactly
 class TargetModel(AtomicInjection, AtomicMerging):
     """A tuner that puts a [`TargetLayer`] around each target module.
 
-    Sub-classes set PEFT's `prefix` and `tuner_layer_cls`, and here `layer_class_for` and `supported_layers`.
+    Sub-classes set PEFT's `prefix` and `tuner_layer_cls`, and here `layer_classes` and `supported_layers`.
     """
 
     target_module_mapping: dict[str, Any] = {}  # noqa: RUF012  (None means every linear layer)
+    layer_classes: ClassVar[
+        dict[type[nn.Module], type[TargetLayer]]
+    ]  # by the base layer's; of quantized ones nn.Linear's
     supported_layers: ClassVar[str]  # named when another kind of layer is refused
     parameter_layer_cls: ClassVar[Optional[type[TargetLayer]]] = None  # of targeted parameters, if they can be
 
-    @staticmethod
-    def layer_class_for(base_layer: nn.Module) -> Optional[type[TargetLayer]]:
+    @classmethod
+    def layer_class_for(cls, base_layer: nn.Module) -> Optional[type[TargetLayer]]:
         """Return the tuner layer class for a base layer, or None if its kind is not supported."""
-        raise NotImplementedError
+        backend = resolve_quantization_backend(base_layer, get_apply_tensor_subclass=lambda: None)
+        kind = nn.Linear if backend is not None and backend.layer_type == "linear" else type(base_layer)
+        return next((cls.layer_classes[base] for base in kind.__mro__ if base in cls.layer_classes), None)
 
     @classmethod
     def default_targets(cls, config: TargetConfig, model: nn.Module) -> set[str]:

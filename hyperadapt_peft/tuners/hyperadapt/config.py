@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Optional
 
 from ...integrations.peft import add_peft_type
 from ..common.config import TargetConfig, names_or_regex, one_of
-
-
-DEFAULT_ALPHA = 5.0
 
 
 @dataclass
@@ -37,25 +34,10 @@ class HyperAdaptConfig(TargetConfig):
     All other fields, and what is raised, are those of [`TargetConfig`]. Source: arXiv 2509.18629.
     """
 
-    sides: Literal["both", "row", "column"] = field(
-        default="both",
-        metadata={"help": "Train the scales of the weight's rows, of its columns, or of both."},
-    )
-    alpha: float = field(
-        default=DEFAULT_ALPHA,
-        metadata={"help": "The scales are 1 + alpha * d, where d is trained; not 0."},
-    )
-    save_memory: bool = field(
-        default=False,
-        metadata={"help": "Keep what only the scales' gradients need in 8 bits."},
-    )
-    target_parameters: Optional[list[str]] = field(
-        default=None,
-        metadata={
-            "help": "Names of parameters to adapt, such as those of fused experts. None means those that "
-            "`target_modules` asks for, [] none."
-        },
-    )
+    sides: Literal["both", "row", "column"] = "both"
+    alpha: float = 5.0
+    save_memory: bool = False
+    target_parameters: Optional[list[str]] = None
 
     def __post_init__(self):
         self.peft_type = add_peft_type("HYPERADAPT")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Optional, cast
+from typing import cast
 
-from peft.utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -49,21 +48,13 @@ class HyperAdaptModel(TargetModel):
     prefix = "hyperadapt_"
     tuner_layer_cls = HyperAdaptLayer
     parameter_layer_cls = ParamWrapper
+    layer_classes = {  # noqa: RUF012
+        nn.Linear: Linear, Conv1D: Linear, nn.Embedding: Embedding, nn.Conv1d: Conv, nn.Conv2d: Conv, nn.Conv3d: Conv
+    }  # fmt: skip
     supported_layers = (
         "`torch.nn.Linear` (optionally quantized), `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, "
         "`torch.nn.Conv3d` and `transformers.pytorch_utils.Conv1D`"
     )
-
-    @staticmethod
-    def layer_class_for(base_layer: nn.Module) -> Optional[type[HyperAdaptLayer]]:
-        if isinstance(base_layer, (nn.Linear, Conv1D)):
-            return Linear
-        if isinstance(base_layer, nn.Embedding):
-            return Embedding
-        if isinstance(base_layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            return Conv
-        backend = resolve_quantization_backend(base_layer, get_apply_tensor_subclass=lambda: None)
-        return Linear if backend is not None and backend.layer_type == "linear" else None
 
     @classmethod
     def all_linear(cls, config: HyperAdaptConfig, model: nn.Module) -> set[str]:  # type: ignore[override]

@@ -1,6 +1,6 @@
 """Configuration of SURM."""
 
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass
 from typing import Literal, Optional
 
 from ...integrations.peft import add_peft_type
@@ -34,19 +34,12 @@ class SurmConfig(TargetConfig):
     All other fields, and what is raised, are those of [`TargetConfig`]. Source: arXiv 2406.17740.
     """
 
-    structure: Literal["circulant", "toeplitz", "kronecker", "ldr"] = field(
-        default="circulant", metadata={"help": "The structure of the trained matrix."}
-    )
-    placement: Literal["parallel", "sequential"] = field(
-        default="parallel",
-        metadata={"help": "'parallel': added to the weight. 'sequential': a layer with a gelu after the module."},
-    )
-    r: int = field(default=1, metadata={"help": "The displacement rank of structure='ldr'."})
-    symmetric: bool = field(
-        default=True, metadata={"help": "Whether structure='toeplitz' uses symmetric matrices or general ones."}
-    )
-    alpha: float = field(default=1.0, metadata={"help": "A plain factor of the update, not divided by r."})
-    surm_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the update's input."})
+    structure: Literal["circulant", "toeplitz", "kronecker", "ldr"] = "circulant"
+    placement: Literal["parallel", "sequential"] = "parallel"
+    r: int = 1
+    symmetric: bool = True
+    alpha: float = 1.0
+    surm_dropout: float = 0.0
     place: InitVar[Optional[str]] = None  # `placement` in files of format 1
 
     def __post_init__(self, place):

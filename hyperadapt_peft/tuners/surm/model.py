@@ -9,7 +9,6 @@ from typing import Optional, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import resolve_quantization_backend
 from torch import nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -64,16 +63,17 @@ class SurmModel(TargetModel):
 
     prefix = "surm_"
     tuner_layer_cls = SurmLayer
+    layer_classes = {nn.Linear: Linear, Conv1D: Linear}  # noqa: RUF012
     supported_layers = (
         "`torch.nn.Linear` (optionally quantized) and `transformers.pytorch_utils.Conv1D`, of real weights"
     )
 
-    @staticmethod
-    def layer_class_for(base_layer: nn.Module) -> Optional[type[SurmLayer]]:
-        if isinstance(base_layer, (nn.Linear, Conv1D)):
-            return None if base_layer.weight.is_complex() else Linear
-        backend = resolve_quantization_backend(base_layer, get_apply_tensor_subclass=lambda: None)
-        return Linear if backend is not None and backend.layer_type == "linear" else None
+    @classmethod
+    def layer_class_for(cls, base_layer: nn.Module) -> Optional[type[SurmLayer]]:  # type: ignore[override]
+        weight = getattr(base_layer, "weight", None)
+        return (
+            None if isinstance(weight, torch.Tensor) and weight.is_complex() else super().layer_class_for(base_layer)
+        )
 
     @classmethod
     def default_targets(cls, config: SurmConfig, model: nn.Module) -> set[str]:  # type: ignore[override]
