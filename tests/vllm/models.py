@@ -3,6 +3,7 @@
 import torch
 import transformers as tf
 from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -43,8 +44,39 @@ def save_model(kind, path):
     return path
 
 
-def load(path):
-    return tf.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+def save_in_4_bits(model_path, path):
+    """Save a copy in a format of compressed-tensors, and round the model to what the copy stands for."""
+    group = 32
+    model = load(model_path)
+    tensors = {}
+    for name, parameter in model.state_dict().items():
+        if not name.endswith("proj.weight"):
+            tensors[name] = parameter
+            continue
+        groups = parameter.unflatten(1, (-1, group))
+        scale = groups.abs().amax(2) / 7
+        numbers = (groups / scale[..., None]).round()
+        parameter.copy_((numbers * scale[..., None]).flatten(1))
+        shifts = torch.arange(0, 32, 4)
+        packed = (numbers.long().flatten(1) + 8).unflatten(1, (-1, 8)).bitwise_left_shift(shifts).sum(2)
+        tensors |= {f"{name}_packed": packed.to(torch.uint32).view(torch.int32), f"{name}_scale": scale}
+        tensors[f"{name}_shape"] = torch.tensor(parameter.shape)
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
+    model.config.quantization_config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"all": {"targets": ["Linear"], "weights": weights}},
+    }
+    model.config.save_pretrained(path)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    del model.config.quantization_config
+    model.save_pretrained(model_path)
+    return path
+
+
+def load(path, dtype=torch.float32):
+    return tf.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
 
 
 def save_adapter(model_path, path, seed=1, **config):
@@ -55,11 +87,11 @@ def save_adapter(model_path, path, seed=1, **config):
     return path
 
 
-def alone(model_path, adapter_paths, prompts=PROMPTS):
+def alone(model_path, adapter_paths, prompts=PROMPTS, dtype=torch.float32):
     """Return what transformers and PEFT generate greedily for (adapter's path or None, prompt), one at a time."""
     results = {}
     for adapter_path in adapter_paths:
-        model = load(model_path)
+        model = load(model_path, dtype)
         if adapter_path is not None:
             model = PeftModel.from_pretrained(model, adapter_path)
         for prompt in prompts:

@@ -16,7 +16,7 @@ import pytest
 import requests
 
 from .models import PROMPTS, TOKENS, alone, save_adapter, save_model, save_tokenizer
-from .test_refusals import edit_tensor
+from .test_refusals import edit_config, edit_tensor
 
 
 PAGE = (Path(__file__).parents[2] / "docs" / "guides" / "serve-with-vllm.md").read_text()
@@ -50,7 +50,12 @@ def url(directory):
         server = subprocess.Popen(
             command,
             cwd=directory,
-            env={**os.environ, **dict([variable.split("=")]), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+            env={
+                **os.environ,
+                **dict([variable.split("=")]),
+                "VLLM_LORA_RESOLVER_CACHE_DIR": "adapters",
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            },
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -90,30 +95,32 @@ def test_the_page_without_a_server(directory, monkeypatch, start):
     assert [len(output.outputs[0].token_ids) for output in names["outputs"]]
 
 
+def complete(url, name):
+    answer = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0).completions.create(
+        model=name,
+        prompt=" ".join(f"w{token}" for token in PROMPTS[0]),
+        max_tokens=TOKENS,
+        temperature=0,
+        extra_body={"ignore_eos": True, "skip_special_tokens": False},
+    )
+    return [int(word[1:]) for word in answer.choices[0].text.split()]
+
+
 def test_adapters_over_http(url, directory, tmp_path):
     model = directory / MODEL
     adapters = [save_adapter(model, directory / f"served{i}", seed=i) for i in range(COUNT)]
     expected = alone(model, [None, *adapters], PROMPTS[:1])
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
-
-    def complete(path):
-        answer = client.completions.create(
-            model=path.name if path else MODEL,
-            prompt=" ".join(f"w{token}" for token in PROMPTS[0]),
-            max_tokens=TOKENS,
-            temperature=0,
-            extra_body={"ignore_eos": True, "skip_special_tokens": False},
-        )
-        return [int(word[1:]) for word in answer.choices[0].text.split()]
 
     def assert_all(paths):
         with ThreadPoolExecutor(16) as pool:
-            for path, tokens in zip(paths, pool.map(complete, paths), strict=True):
+            answers = pool.map(lambda path: complete(url, path.name if path else MODEL), paths)
+            for path, tokens in zip(paths, answers, strict=True):
                 assert tokens == expected[path and str(path), tuple(PROMPTS[0])][0], path
 
     for path in adapters:
         assert load(url, path).ok
-    assert {card.id for card in client.models.list().data} >= {MODEL, *(path.name for path in adapters)}
+    models = openai.OpenAI(base_url=f"{url}/v1", api_key="none").models.list()
+    assert {card.id for card in models.data} >= {MODEL, *(path.name for path in adapters)}
     assert_all([None, *adapters])
 
     bad = save_adapter(model, tmp_path / "bad")
@@ -127,6 +134,27 @@ def test_adapters_over_http(url, directory, tmp_path):
     unload = {"lora_name": adapters[1].name}
     assert requests.post(f"{url}/v1/unload_lora_adapter", json=unload, timeout=60).ok
     with pytest.raises(openai.NotFoundError):
-        complete(adapters[1])
+        complete(url, adapters[1].name)
     assert load(url, adapters[1]).ok
     assert_all([None, adapters[1]])
+
+
+def test_adapters_found_by_name(url, directory):
+    model = directory / MODEL
+    names = ("found", "broken", "of-another-model", "group/inner")
+    adapters = {name: save_adapter(model, directory / "adapters" / name, seed=9) for name in names}
+    for name, path in adapters.items():
+        edit_config(path, base_model_name_or_path="another" if name == "of-another-model" else MODEL)
+    edit_tensor(adapters["broken"], lambda key, x: (key, x[:-1]))
+    outside = save_adapter(model, directory / "outside")
+    edit_config(outside, base_model_name_or_path=MODEL)
+    ((tokens, _),) = alone(model, [adapters["found"]], PROMPTS[:1]).values()
+
+    assert complete(url, "found") == complete(url, "group/inner") == tokens
+    for name in ("of-another-model", "nowhere", "../outside", str(outside), str(adapters["found"].absolute())):
+        with pytest.raises(openai.NotFoundError):
+            complete(url, name)
+    with pytest.raises(openai.BadRequestError, match="'broken' was found but could not be loaded"):
+        complete(url, "broken")
+    assert "The adapter broken cannot be served: the row scales of" in (directory / "server.log").read_text()
+    assert complete(url, "found") == tokens

@@ -8,6 +8,7 @@ this package imports vLLM.
 from __future__ import annotations
 
 import importlib
+import os
 from importlib.metadata import PackageNotFoundError, version
 from operator import attrgetter
 from typing import Any
@@ -41,6 +42,7 @@ NAMES = {
         "LRUCacheLoRAModelManager.register_module",
     ),
     "vllm.lora.punica_wrapper.punica_base": ("PunicaWrapperBase.update_metadata",),
+    "vllm.lora.resolver": ("LoRAResolver.resolve_lora", "LoRAResolverRegistry.register_resolver"),
     "vllm.lora.utils": ("get_adapter_absolute_path", "is_in_target_modules", "replace_submodule"),
     "vllm.lora.worker_manager": (
         "LRUCacheWorkerLoRAManager._load_adapter",
@@ -65,10 +67,19 @@ NAMES = {
 
 
 def register() -> None:
-    """Let engines that opt in have a manager of HyperAdapt adapters; vLLM's entry point, which may be called twice."""
+    """Let engines that opt in have a manager of HyperAdapt adapters; vLLM's entry point, which may be called twice.
+
+    Where `VLLM_LORA_RESOLVER_CACHE_DIR` names a directory, adapters in it are found by their names.
+    """
     from vllm.v1.worker import lora_model_runner_mixin
 
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = worker_manager
+    if directory := os.environ.get("VLLM_LORA_RESOLVER_CACHE_DIR"):
+        from vllm.lora.resolver import LoRAResolverRegistry
+
+        from .resolver import HyperAdaptResolver
+
+        LoRAResolverRegistry.register_resolver("HyperAdapt", HyperAdaptResolver(directory))
 
 
 def worker_manager(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
