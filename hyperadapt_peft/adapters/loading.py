@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from typing import Any, Union, cast
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from torch import nn
 
-from ..tuners.common import TargetConfig, TargetModel
+from ..tuners.common import TargetConfig, TargetLayer, TargetModel
 from ..tuners.common.layer import modules_around_adapters
 from ..tuners.common.loading import IRRELEVANT_FIELDS, check_tensors, config_differences, remove_adapter
 
@@ -71,9 +70,9 @@ class _Template:
         self.containers: list[Any] = []  # of the adapter's modules and settings, by adapter names
         self.wrappers: list[ModulesToSaveWrapper] = []
         for module in modules_around_adapters(model):
-            if isinstance(module, BaseTunerLayer):
-                names = (*module.adapter_layer_names, *module.other_param_names)
-                self.containers += [c for c in (getattr(module, n) for n in names) if adapter_name in c]
+            if isinstance(module, TargetLayer):
+                own = (getattr(module, attribute) for attribute in module.own_names)
+                self.containers += [container for container in own if adapter_name in container]
             elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
                 self.containers.append(module.modules_to_save)
                 self.wrappers.append(module)

@@ -77,6 +77,11 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         return in_features, out_features
 
     @property
+    def own_names(self) -> tuple[str, ...]:
+        """The names of the attributes that hold, by adapter names, the adapters' modules and settings."""
+        return (*self.adapter_layer_names, *self.other_param_names)
+
+    @property
     def base_parameter(self) -> torch.Tensor:
         """The base layer's parameter that is adapted."""
         return self.weight
@@ -176,12 +181,6 @@ class TargetLayer(nn.Module, BaseTunerLayer):
 
         The weight from before the first merge is kept on the CPU, so that `unmerge` is exact.
 
-        Args:
-            safe_merge (`bool`, defaults to `False`):
-                Look for non-finite values first and leave the layer as it was if there are any.
-            adapter_names (`Optional[list[str]]`):
-                The adapters to merge; the active ones if `None`.
-
         Raises:
             ValueError: If an adapter cannot be merged, the base layer would not keep the merged weight, or with
                 `safe_merge` if it would not be finite. The layer is left as it was.
@@ -189,16 +188,14 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         adapter_names = self._adapters_to_merge(adapter_names)
         if not adapter_names:
             return
-        self._merge_inner(safe_merge)
+        inner: Any = self.base_layer
+        # what is inside is part of the weight adapted here, unless it is a wrapper of another parameter
+        if isinstance(inner, BaseTunerLayer) and not inner.merged and not isinstance(inner, type(self)):
+            inner.merge(safe_merge=safe_merge)
         merged_weight = self._merged_weight or self._merged_weight_class(self)
         merged_weight.write(self, [*self.merged_adapters, *adapter_names], check=safe_merge)
         self._merged_weight = merged_weight
         self.merged_adapters.extend(adapter_names)
-
-    def _merge_inner(self, safe_merge: bool) -> None:
-        inner: Any = self.base_layer
-        if isinstance(inner, BaseTunerLayer) and not inner.merged:  # its adapters are part of the weight adapted here
-            inner.merge(safe_merge=safe_merge)
 
     def unmerge(self) -> None:
         """Put back the base weight from before the merge, bit by bit.
@@ -287,7 +284,7 @@ def named_modules_around_adapters(model: nn.Module, remove_duplicate: bool = Tru
             continue
         seen.add(module)
         yield prefix, module
-        own = (*module.adapter_layer_names, *module.other_param_names) if isinstance(module, TargetLayer) else ()
+        own = module.own_names if isinstance(module, TargetLayer) else ()
         children = list(module._modules.items())  # another thread may add an adapter meanwhile
         start = f"{prefix}." if prefix else ""
         stack += [(start + name, child) for name, child in reversed(children) if child is not None and name not in own]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import SimpleNamespace
-from typing import Any, Optional, cast
+from typing import Any, Optional
 
 import torch
 from peft import PeftConfig
@@ -183,22 +183,6 @@ def taken_names(model: nn.Module, layer_cls: type[BaseTunerLayer], modules_to_sa
     return names - adapters
 
 
-@contextmanager
-def removed_if_refused(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Remove an adapter that PEFT has added to load it, with its layers and wrappers, if the weights are refused.
-
-    An adapter that was there before stays: only a config that was read from a file for this load has `trainable_before`.
-    """
-    config = cast(Any, model).peft_config[adapter_name]
-    trainable, config.trainable_before = config.trainable_before, None
-    try:
-        yield
-    except BaseException:
-        if trainable is not None:
-            remove_adapter(model, adapter_name, trainable)
-        raise
-
-
 def remove_adapter(model: nn.Module, adapter_name: str, trainable: Collection[str] = ()) -> None:
     """Remove an adapter that is not active, and the layers and wrappers that are around nothing without it.
 
@@ -261,19 +245,18 @@ def _attributes(model: nn.Module) -> Iterator[dict[str, Any]]:
         for name, value in list(vars(module).items()):
             if isinstance(value, dict) and "hooks" not in name:  # children, parameters, buffers, configs, ...
                 yield value
-        names = module.adapter_layer_names + module.other_param_names if isinstance(module, TargetLayer) else ()
-        yield from (container._modules for container in _dicts(module, names))
+        yield from (container._modules for container in _containers(module))
 
 
 def _parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in modules_around_adapters(model):
         yield from module.parameters(recurse=False)
-        names = module.adapter_layer_names if isinstance(module, TargetLayer) else ()
-        for container in _dicts(module, names):
+        for container in _containers(module):
             for adapter in list(container._modules.values()):
                 # `parameters()` finds what FSDP has wrapped, but takes ten times as long
                 yield from adapter._parameters.values() or adapter.parameters()  # type: ignore
 
 
-def _dicts(module: nn.Module, names: tuple[str, ...]) -> list[nn.ModuleDict]:
-    return [value for value in (getattr(module, name) for name in names) if isinstance(value, nn.ModuleDict)]
+def _containers(module: nn.Module) -> list[nn.ModuleDict]:
+    own = module.own_names if isinstance(module, TargetLayer) else ()
+    return [child for name, child in module._modules.items() if name in own and isinstance(child, nn.ModuleDict)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -20,10 +20,6 @@ class AtomicMerging(BaseTuner):
 
     def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base weights, as PEFT's `merge_adapter`, in all layers or, on an error, in none.
-
-        Args:
-            adapter_names (`Optional[list[str]]`): The adapters to merge; the active ones if `None`.
-            safe_merge (`bool`, defaults to `False`): Refuse to merge what would not be finite.
 
         Raises:
             ValueError: If an adapter or a base layer cannot be merged, another module shares a weight that would be
@@ -108,14 +104,15 @@ def _check_not_shared(model: nn.Module, layers: list[TargetLayer]) -> None:
         outermost[module] = name, place
         for parameter in module._parameters.values():
             if parameter is not None and (memory := _memory(parameter)):
-                readers[memory.storage].append((memory, name, place))
+                storage, start, end = memory
+                readers[storage].append((start, end, name, place))
     for layer in layers:
-        memory = _memory(layer.base_parameter) if layer.quantization_backend is None else None
-        if memory is None:
+        if layer.quantization_backend is not None or (memory := _memory(layer.base_parameter)) is None:
             continue
+        storage, start, end = memory
         name, place = outermost[layer]
-        for other_memory, other_name, other in readers[memory.storage]:
-            if other is not place and memory.start < other_memory.end and other_memory.start < memory.end:
+        for other_start, other_end, other_name, other in readers[storage]:
+            if other is not place and start < other_end and other_start < end:
                 raise ValueError(
                     f"Cannot merge: {name} and {other_name} share one weight, so that merging an adapter of the one would "
                     "change the other too. Use the adapter unmerged, or give each a weight of its own before adapting: "
@@ -124,20 +121,14 @@ def _check_not_shared(model: nn.Module, layers: list[TargetLayer]) -> None:
                 )
 
 
-class _Memory(NamedTuple):
-    storage: int
-    start: int
-    end: int
-
-
-def _memory(parameter: torch.Tensor) -> Optional[_Memory]:
-    """Return which memory a parameter is in, or None if it is in none of its own."""
+def _memory(parameter: torch.Tensor) -> Optional[tuple[int, int, int]]:
+    """Return which memory a parameter is in: the storage, start and end; None if it is in none of its own."""
     tensor = local(parameter.data)
     if type(tensor) is not torch.Tensor or tensor.is_meta or not tensor.numel():
         return None
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
-    return _Memory(tensor.untyped_storage().data_ptr(), start, start + (last + 1) * tensor.element_size())
+    return tensor.untyped_storage().data_ptr(), start, start + (last + 1) * tensor.element_size()
 
 
 def _places(

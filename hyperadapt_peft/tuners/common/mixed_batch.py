@@ -237,15 +237,10 @@ def _refuse_experts(modules: list[nn.Module], names: BatchNames) -> None:
 
 def _refuse_frozen(modules: list[nn.Module], names: BatchNames) -> None:
     containers = [getattr(m, key) for m in modules if isinstance(m, TargetLayer) for key in m.adapter_layer_names]
-    frozen = [
-        name
-        for name in names.unique
-        if name != BASE
-        and not any(
-            p.requires_grad for container in containers if name in container for p in container[name].parameters()
-        )
-    ]
-    if frozen:
+    trained = {
+        name for c in containers for name in names.unique if name in c for p in c[name].parameters() if p.requires_grad
+    }
+    if frozen := [name for name in names.unique if name not in {BASE, *trained}]:
         raise ValueError(
             f"Frozen adapters cannot be trained: {', '.join(frozen)}. Call `model.set_requires_grad([...])` with all names "
             "that are to be trained, or `model.eval()`."

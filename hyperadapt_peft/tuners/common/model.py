@@ -28,7 +28,7 @@ from .loading import (
     AtomicInjection,
     check_tensors,
     loadable_tensors,
-    removed_if_refused,
+    remove_adapter,
     state_around_adapters,
 )
 from .merging import AtomicMerging
@@ -195,7 +195,8 @@ class TargetModel(AtomicInjection, AtomicMerging):
         cls, model: nn.Module, config: TargetConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         # before anything is loaded: PEFT loads what fits, says little of what does not, and takes NaN
-        with removed_if_refused(model, adapter_name):
+        trainable, config.trainable_before = config.trainable_before, None
+        try:
             state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
             state = state_around_adapters(model, adapter_name)
             required, optional = loadable_tensors(model, adapter_name, state)
@@ -205,6 +206,10 @@ class TargetModel(AtomicInjection, AtomicMerging):
                 key if key in known else key.removeprefix("base_model.model."): v for key, v in state_dict.items()
             }
             check_tensors(required, given, optional)
+        except BaseException:
+            if trainable is not None:  # PEFT has added the adapter for this load
+                remove_adapter(model, adapter_name, trainable)
+            raise
         return state_dict
 
 

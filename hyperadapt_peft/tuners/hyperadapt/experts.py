@@ -64,10 +64,6 @@ class ParamWrapper(HyperAdaptLayer):
         return getattr(self.get_base_layer(), self.parameter_name)
 
     @property
-    def stack_shape(self) -> tuple[int, ...]:
-        return self._stack_shape
-
-    @property
     def is_transposed(self) -> bool:
         module = self.get_base_layer()
         if not self.stack_shape:
@@ -83,7 +79,7 @@ class ParamWrapper(HyperAdaptLayer):
                 f"only matrices, or several in one (E, n, m), of floating point are, not {parameter.dtype} "
                 f"{tuple(shape)}."
             )
-        self._stack_shape = tuple(shape[:-2])
+        self.stack_shape = tuple(shape[:-2])
         out_features, in_features = reversed(shape[-2:]) if self.is_transposed else shape[-2:]
         return in_features, out_features
 
@@ -144,9 +140,6 @@ class ParamWrapper(HyperAdaptLayer):
             "samples. Call the model with one adapter at a time, or leave out "
             f"{', '.join(filter(self.has_adapter, adapter_names.unique))}."
         )
-
-    def _merge_inner(self, safe_merge: bool) -> None:
-        pass  # the wrappers inside adapt other parameters
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: Optional[list[str]]

@@ -18,6 +18,10 @@ from .config import HyperAdaptConfig
 from .functional import scale
 
 
+# The offsets of columns and rows, (size,) or (batch, size) or None, and the factor of both.
+Scales = tuple[Optional[torch.Tensor], Optional[torch.Tensor], float]
+
+
 class HyperAdaptLayer(TargetLayer):
     """A base layer of weight `W` (n x m) whose rows are scaled by `a` (n) and whose columns by `b` (m).
 
@@ -28,6 +32,7 @@ class HyperAdaptLayer(TargetLayer):
 
     adapter_layer_names = ("hyperadapt_row", "hyperadapt_column")
     other_param_names = ("scaling", "hyperadapt_alpha", "hyperadapt_save_memory")
+    stack_shape: tuple[int, ...] = ()  # what is before rows and columns: () of one matrix, (E,) of E matrices
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: HyperAdaptConfig, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
@@ -38,28 +43,15 @@ class HyperAdaptLayer(TargetLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
-    @property
-    def num_rows(self) -> int:
-        return self.out_features
-
-    @property
-    def num_columns(self) -> int:
-        return self.in_features
-
-    @property
-    def stack_shape(self) -> tuple[int, ...]:
-        """The shape of what is before rows and columns: () of one matrix, (E,) of E matrices."""
-        return ()
-
     def update_layer(self, adapter_name: str, config: HyperAdaptConfig) -> None:
         """Add an adapter, at the identity unless `config.init_weights` is False."""
         self.scaling[adapter_name] = 1.0
         self.hyperadapt_alpha[adapter_name] = config.alpha
         self.hyperadapt_save_memory[adapter_name] = config.save_memory
         if config.sides != "column":
-            self.hyperadapt_row[adapter_name] = AdapterWeight(*self.stack_shape, self.num_rows)
+            self.hyperadapt_row[adapter_name] = AdapterWeight(*self.stack_shape, self.out_features)
         if config.sides != "row":
-            self.hyperadapt_column[adapter_name] = AdapterWeight(*self.stack_shape, self.num_columns)
+            self.hyperadapt_column[adapter_name] = AdapterWeight(*self.stack_shape, self.in_features)
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -106,7 +98,20 @@ class HyperAdaptLayer(TargetLayer):
         """Return one adapter's offset from 1 at its strength, (size,)."""
         return self.factor(adapter_name) * scales[adapter_name]()
 
-    def active_scales(self) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], float]:
+    def adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.scaled_forward(x, self.active_scales(), *args, **kwargs)
+
+    def mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: BatchNames, **kwargs: Any
+    ) -> torch.Tensor:
+        scales = adapter_names.remember(self, partial(self.batch_scales, adapter_names))
+        return self.scaled_forward(x, scales, *args, **kwargs)
+
+    def scaled_forward(self, x: torch.Tensor, scales: Scales, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer between scales, of the same offsets for all samples or of one for each."""
+        raise NotImplementedError
+
+    def active_scales(self) -> Scales:
         """Return the active adapters' offsets of columns and rows, (size,) or None, and what both are multiplied by."""
         column, row = self.hyperadapt_column, self.hyperadapt_row
         names = [name for name in self.active_adapters if name in self.scaling]
@@ -123,7 +128,7 @@ class HyperAdaptLayer(TargetLayer):
                 total = offset if total is None else total + offset + total * offset
         return total
 
-    def batch_scales(self, adapter_names: BatchNames) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], float]:
+    def batch_scales(self, adapter_names: BatchNames) -> Scales:
         """Return the samples' offsets of columns and rows, and what both are multiplied by.
 
         An offset is (batch, size), or (size,) if it is the same for all samples, or None if none has any.
@@ -150,8 +155,8 @@ class HyperAdaptLayer(TargetLayer):
 
     def adapted_weight(self, weight: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        row = weight.new_ones(*self.stack_shape, self.num_rows)
-        column = weight.new_ones(*self.stack_shape, self.num_columns)
+        row = weight.new_ones(*self.stack_shape, self.out_features)
+        column = weight.new_ones(*self.stack_shape, self.in_features)
         for name in adapter_names:
             if name in self.hyperadapt_row:
                 row = row * (1 + self.offset(self.hyperadapt_row, name).detach().to(row))
@@ -171,25 +176,8 @@ class Linear(HyperAdaptLayer):
 
     channel_dims = 0  # how many dimensions follow the channels in the activations
 
-    def adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.scaled_forward(*self.active_scales(), x, *args, **kwargs)
-
-    def mixed_batch_forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: BatchNames, **kwargs: Any
-    ) -> torch.Tensor:
-        scales = adapter_names.remember(self, partial(self.batch_scales, adapter_names))
-        return self.scaled_forward(*scales, x, *args, **kwargs)
-
-    def scaled_forward(
-        self,
-        column: Optional[torch.Tensor],
-        row: Optional[torch.Tensor],
-        factor: float,
-        x: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """The base layer between scales of the offsets (size,) or (batch, size) from 1, times `factor`."""
+    def scaled_forward(self, x: torch.Tensor, scales: Scales, *args: Any, **kwargs: Any) -> torch.Tensor:
+        column, row, factor = scales
         save_memory = any(self.hyperadapt_save_memory.get(name) for name in self.active_adapters)
         if column is not None:
             x = scale(x, self.along_channels(column, x), factor, save_memory=save_memory)
@@ -241,7 +229,7 @@ class Conv(Linear):
     def scale_weight(self, weight: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         conv: Any = self.get_base_layer()
         groups = conv.groups  # the weight is n x (m / groups) x kernel
-        column = column.reshape(groups, -1).repeat_interleave(self.num_rows // groups, dim=0)
+        column = column.reshape(groups, -1).repeat_interleave(self.out_features // groups, dim=0)
         return (weight.flatten(2) * row[:, None, None] * column[:, :, None]).reshape(weight.shape)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -251,26 +239,13 @@ class Conv(Linear):
 class Embedding(HyperAdaptLayer):
     """HyperAdapt of `nn.Embedding`: rows are tokens, columns the embedding's dimensions. Ids (...) -> (..., m)."""
 
-    @property
-    def num_rows(self) -> int:
-        return self.in_features
+    def base_sizes(self) -> tuple[int, int]:
+        num_tokens, num_dimensions = super().base_sizes()
+        return num_dimensions, num_tokens
 
-    @property
-    def num_columns(self) -> int:
-        return self.out_features
-
-    def adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def scaled_forward(self, x: torch.Tensor, scales: Scales, *args: Any, **kwargs: Any) -> torch.Tensor:
+        column, row, factor = scales
         result = self.base_layer(x, *args, **kwargs)
-        column, row, factor = self.active_scales()
-        if row is not None:
-            result = scale(result, F.embedding(x, row[:, None]), factor)
-        return result if column is None else scale(result, column, factor)
-
-    def mixed_batch_forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: BatchNames, **kwargs: Any
-    ) -> torch.Tensor:
-        result = self.base_layer(x, *args, **kwargs)
-        column, row, factor = adapter_names.remember(self, partial(self.batch_scales, adapter_names))
         if row is not None:
             tokens = F.embedding(x, row[:, None]) if row.dim() == 1 else row.gather(1, x.flatten(1))[..., None]
             result = scale(result, tokens.reshape(*x.shape, 1), factor)

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from ..common import TargetModel
+from ..common import TargetLayer, TargetModel
 from ..common.experts import fused_targets
 from ..common.targets import outer_modules
 from .config import SurmConfig
@@ -69,7 +69,7 @@ class SurmModel(TargetModel):
     )
 
     @classmethod
-    def layer_class_for(cls, base_layer: nn.Module) -> Optional[type[SurmLayer]]:  # type: ignore[override]
+    def layer_class_for(cls, base_layer: nn.Module) -> Optional[type[TargetLayer]]:
         weight = getattr(base_layer, "weight", None)
         return (
             None if isinstance(weight, torch.Tensor) and weight.is_complex() else super().layer_class_for(base_layer)
