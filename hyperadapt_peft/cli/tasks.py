@@ -6,31 +6,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from datasets import ClassLabel, Dataset, Image
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    DataCollatorWithPadding,
-    Trainer,
-)
+from transformers import AutoImageProcessor, AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWithPadding, Trainer
 
+from . import scoring
 from .data import Data, ImageClassificationData, PromptData, TextClassificationData
 from .errors import RecipeError, suggestion
-from .scoring import (
-    IGNORED,
-    REGRESSION,
-    ArgmaxTrainer,
-    ChoiceTrainer,
-    GenerationTrainer,
-    Metrics,
-    classification,
-    mean,
-    token_accuracy,
-)
+from .scoring import IGNORED
 
 
 @dataclass
@@ -40,10 +23,10 @@ class EncodedData:
     splits: Mapping[str, Any]
     collator: Callable[[list[Any]], dict[str, Any]]
     processor: Any
-    metrics: Metrics
+    metrics: scoring.Metrics
     labels: list[str] = field(default_factory=list)  # empty: no head; one: a regression
     keep_columns: bool = False  # the collator needs columns that are no arguments of the model
-    trainer: Callable[..., Trainer] = ArgmaxTrainer
+    trainer: Callable[..., Trainer] = scoring.ArgmaxTrainer
 
     @property
     def model_options(self) -> dict[str, Any]:
@@ -88,8 +71,8 @@ def load_tokenizer(model: str, revision: str | None) -> Any:
     return tokenizer
 
 
-def label_names(splits: dict[str, Dataset], column: str) -> list[str]:
-    """The names of a `ClassLabel` column, or else the sorted values of the training split.
+def label_ids(splits: dict[str, Dataset], column: str) -> tuple[list[str], dict[Any, int]]:
+    """The labels' names and value -> index: of a `ClassLabel` column, or else the sorted values of the training split.
 
     Raises:
         RecipeError: an evaluation split holds a label that training never sees.
@@ -100,12 +83,8 @@ def label_names(splits: dict[str, Dataset], column: str) -> list[str]:
     for role, split in splits.items():
         if unknown := set(split.unique(column)) - set(values):
             raise RecipeError(f"data.{role}_split: {unknown.pop()!r} in its {column} is not one of training's labels")
-    return list(feature.names) if named else [str(value) for value in values]
-
-
-def label_ids(values: list[Any], names: list[str], feature: Any) -> list[int]:
-    """The labels of a batch as indices into `names`."""
-    return values if isinstance(feature, ClassLabel) else [names.index(str(value)) for value in values]
+    names = list(feature.names) if named else [str(value) for value in values]
+    return names, {value: index for index, value in enumerate(values)}
 
 
 def sequence_classification(
@@ -113,18 +92,20 @@ def sequence_classification(
 ) -> EncodedData:
     """Tokenized texts or pairs, padded per batch."""
     tokenizer = load_tokenizer(model, revision)
-    regression = data.metric in REGRESSION
-    names = [data.label_column] if regression else label_names(splits, data.label_column)
     text_columns = [column for column in (data.text_column, data.text_pair_column) if column]
-    feature = splits["train"].features[data.label_column]
+    label: Callable[[Any], float]
+    if data.metric in scoring.REGRESSION:
+        names, metrics, label = [data.label_column], scoring.REGRESSION, float
+    else:
+        names, ids = label_ids(splits, data.label_column)
+        metrics, label = scoring.classification(len(names)), ids.__getitem__
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        texts, labels = [batch[column] for column in text_columns], batch[data.label_column]
-        labels = [float(label) for label in labels] if regression else label_ids(labels, names, feature)
+        texts = [batch[column] for column in text_columns]
+        labels = [label(value) for value in batch[data.label_column]]
         return {**tokenizer(*texts, truncation=True, max_length=data.max_length), "labels": labels}
 
     encoded = {role: rows.map(encode, batched=True, remove_columns=rows.column_names) for role, rows in splits.items()}
-    metrics = REGRESSION if regression else classification(len(names))
     return EncodedData(encoded, DataCollatorWithPadding(tokenizer), tokenizer, metrics, names)
 
 
@@ -167,12 +148,13 @@ def causal_lm(data: PromptData, splits: dict[str, Dataset], model: str, revision
     for role, rows in splits.items():
         options = {"with_others": choosing and role != "train"}
         encoded[role] = rows.map(encode, fn_kwargs=options, remove_columns=rows.column_names)
-    if choosing:
-        return EncodedData(encoded, collate, tokenizer, {data.metric: mean}, keep_columns=True, trainer=ChoiceTrainer)
-    if data.metric == "exact_match":
-        trainer = partial(GenerationTrainer, max_new_tokens=data.max_new_tokens, answer=data.answer)
-        return EncodedData(encoded, collate, tokenizer, {data.metric: mean}, trainer=trainer)
-    return EncodedData(encoded, collate, tokenizer, {data.metric: token_accuracy})
+    trainers: dict[str, Any] = {
+        "choice_likelihood": scoring.ChoiceTrainer,
+        "exact_match": partial(scoring.GenerationTrainer, max_new_tokens=data.max_new_tokens, answer=data.answer),
+    }
+    trainer = trainers.get(data.metric, scoring.ArgmaxTrainer)
+    metric = scoring.mean if data.metric in trainers else scoring.token_accuracy
+    return EncodedData(encoded, collate, tokenizer, {str(data.metric): metric}, keep_columns=choosing, trainer=trainer)
 
 
 def image_classification(
@@ -180,23 +162,24 @@ def image_classification(
 ) -> EncodedData:
     """Images as they are on disk; the collator decodes and resizes them batch by batch."""
     processor = AutoImageProcessor.from_pretrained(model, revision=revision)
-    names = label_names(splits, data.label_column)
-    feature = splits["train"].features[data.label_column]
+    names, ids = label_ids(splits, data.label_column)
     size = {} if data.image_size is None else {"size": {"height": data.image_size, "width": data.image_size}}
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         images = [row[data.image_column].convert("RGB") for row in rows]
-        labels = label_ids([row[data.label_column] for row in rows], names, feature)
+        labels = [ids[row[data.label_column]] for row in rows]
         return {**processor(images=images, return_tensors="pt", **size), "labels": torch.tensor(labels)}
 
     decoded = {role: rows.cast_column(data.image_column, Image()) for role, rows in splits.items()}
-    return EncodedData(decoded, collate, processor, classification(len(names)), names, keep_columns=True)
+    return EncodedData(decoded, collate, processor, scoring.classification(len(names)), names, keep_columns=True)
 
 
 TASKS = {
     "sequence-classification": Task(
-        TextClassificationData, AutoModelForSequenceClassification, sequence_classification, "SEQ_CLS"
+        TextClassificationData, transformers.AutoModelForSequenceClassification, sequence_classification, "SEQ_CLS"
     ),
-    "causal-lm": Task(PromptData, AutoModelForCausalLM, causal_lm, "CAUSAL_LM"),
-    "image-classification": Task(ImageClassificationData, AutoModelForImageClassification, image_classification, None),
+    "causal-lm": Task(PromptData, transformers.AutoModelForCausalLM, causal_lm, "CAUSAL_LM"),
+    "image-classification": Task(
+        ImageClassificationData, transformers.AutoModelForImageClassification, image_classification, None
+    ),
 }

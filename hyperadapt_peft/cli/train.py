@@ -106,8 +106,10 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, verify:
         "recipe": recipe.resolved,
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
     }
-    if recipe.arguments.should_save:
-        _write(output / "metrics.json", json.dumps(results, indent=2) + "\n")
+    if recipe.arguments.should_save:  # a whole file or none: with it the run is finished
+        temporary = output / "metrics.json.tmp"
+        temporary.write_text(json.dumps(results, indent=2) + "\n")
+        temporary.replace(output / "metrics.json")
     if verify and not _same(results["after"], results["reloaded"]):
         raise RuntimeError(f"{adapter} does not evaluate as it did when it was saved; see metrics.json beside it")
     return results
@@ -138,9 +140,8 @@ def dry_run(recipe: Recipe) -> str:
 
 def summary(results: dict[str, Any]) -> str:
     """The table printed at the end of a run."""
-    parameters, seconds = results["parameters"], results["seconds"]
+    parameters, seconds, metric = results["parameters"], results["seconds"], results["metric"]
     split = "test" if "test" in results["after"] else "validation"
-    metric = results["metric"]
     name = f"{split} {metric.replace('_', ' ')}"
     scores = {label: results[when][split] for when, label in EVALUATIONS.items() if when in results}
     rows = [(f"{name} {label}", f"{score[metric]:.2%}") for label, score in scores.items()]
@@ -298,15 +299,8 @@ def _evaluate(trainer: Trainer, data: EncodedData) -> dict[str, dict[str, float]
 
 def _same(one: dict[str, dict[str, float]], other: dict[str, dict[str, float]]) -> bool:
     """Whether two evaluations agree, but for the last digits of a device's arithmetic."""
-    values = [[metrics[key] for metrics in run.values() for key in sorted(metrics)] for run in (one, other)]
+    values = [[value for metrics in run.values() for value in metrics.values()] for run in (one, other)]
     return np.allclose(values[0], values[1], rtol=1e-3, atol=0, equal_nan=True)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a whole file or none."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _last_checkpoint(output: Path) -> str | None:
