@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--methods", nargs="+", metavar="METHOD", help="default all; a wrong name is told which there are"
     )
-    command.add_argument("--output-dir", default="runs/bench", help="of bench.json, bench.md and bench.png")
+    command.add_argument("--output-dir", default="runs/bench", help="of bench.json, bench.md and bench.png, replaced")
 
     command = commands.add_parser("plan", help="tell what training will need, without loading weights")
     _add_model(command, "model")
@@ -78,9 +78,11 @@ def _add_model(command: argparse.ArgumentParser, name: str, **kwargs: Any) -> No
     described = "a Hub id, a directory, a config.json, or llama (6 layers of width 768)"
     command.add_argument(name, help=f"{described}; only the config is read", **kwargs)
     command.add_argument("--task", default="causal-lm", help="the model's head, as in a recipe (default causal-lm)")
-    command.add_argument("--batch-size", type=int, default=4)
+    command.add_argument("--batch-size", type=int, default=4, help="in sequences or images (default 4)")
     command.add_argument("--sequence-length", type=int, default=256, help="in tokens (default 256)")
-    command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    command.add_argument(
+        "--dtype", default="float32", help="of the base model's weights", choices=["float32", "bfloat16", "float16"]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -87,18 +87,7 @@ def bench(
         load_seconds, merge_seconds: `PeftModel.from_pretrained` onto a model in memory, and `merge_adapter`, the
             medians of three. These and `adapter_bytes` are measured on the CPU only.
 
-    Args:
-        model: see `load_config`.
-        task: which head the model has.
-        batch_size: how many sequences or images are in a batch.
-        sequence_length: their length in tokens, all the same.
-        dtype: of the base model's weights.
-        rounds: how many rounds are timed.
-        methods: which of `METHODS`, default all; the frozen model is always measured.
-        output_dir: where the results go; earlier ones there are replaced.
-        device: where it runs, `cpu` or `cuda`.
-        autocast: whether the forward pass is under autocast to bfloat16.
-        gradient_checkpointing: whether each block keeps its input only, and is computed again.
+    The arguments are the command's: `hyperadapt bench --help`. The frozen model is always measured.
 
     Raises:
         RecipeError: a method or the model does not exist, or they do not fit each other.

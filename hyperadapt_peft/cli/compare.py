@@ -78,17 +78,9 @@ def load(path: str | Path) -> Comparison:
         file = Path(path).parent / recipe
         if not file.is_file():
             raise RecipeError(f"recipe: no such file '{recipe}'")
-        recipe = recipes.read_yaml(file)
-        if not isinstance(recipe, dict):
-            raise RecipeError(f"recipe: {file} has no sections")
-        recipes.resolve_references(recipe, file.parent)
+        recipe = recipes.read_sections(file)
     recipes.check_sections({"tuner": {}} | recipe)  # each method has its own tuner
-    methods = {}
-    for name, method in values["methods"].items():
-        if not isinstance(method, dict):
-            raise RecipeError(f"methods.{name}: expected the keys {', '.join(Method.__annotations__)}")
-        recipes.check_fields(f"methods.{name}.", method, Method)
-        methods[name] = Method(**method)
+    methods = {name: recipes.make(f"methods.{name}", method, Method) for name, method in values["methods"].items()}
     comparison = Comparison(recipe, values["seeds"], methods, Path(values["output_dir"]))
     for name, method in methods.items():
         _, values = comparison.recipe_of(name, method.learning_rates[0], comparison.seeds[0])
@@ -148,36 +140,32 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        scores = [
-            f"{100 * statistics.mean(row[split]):.1f} ± {100 * (statistics.stdev(row[split]) if len(row[split]) > 1 else 0):.1f}"
-            for split in ("validation", "test")
-        ]
         lines.append(
             f"| {row['method']} | {row['trainable_outside_head']:,} | {row['adapter_bytes']:,} | "
-            f"{row['learning_rate']:g} | {len(row['test'])} | {scores[0]} | {scores[1]} | {row['seconds']:.0f} | "
-            f"{row['peak_rss_bytes'] / 2**20:.0f} |"
+            f"{row['learning_rate']:g} | {len(row['test'])} | {_spread(row['validation'])} | {_spread(row['test'])} | "
+            f"{row['seconds']:.0f} | {row['peak_rss_bytes'] / 2**20:.0f} |"
         )
     lines += ["", "| method | learning rate: validation, first seed |", "| --- | --- |"]
     for row in rows:
         sweep = sorted(row["sweep"].items(), key=lambda pair: float(pair[0]))
-        scores = [f"{rate}: {100 * score:.1f}" for rate, score in sweep]
-        lines.append(f"| {row['method']} | {', '.join(scores)} |")
+        lines.append(f"| {row['method']} | {', '.join(f'{rate}: {100 * score:.1f}' for rate, score in sweep)} |")
     return "\n".join(lines) + "\n"
+
+
+def _spread(scores: list[float]) -> str:
+    """Mean and standard deviation, in percent."""
+    deviation = statistics.stdev(scores) if len(scores) > 1 else 0
+    return f"{100 * statistics.mean(scores):.1f} ± {100 * deviation:.1f}"
 
 
 def _check_finished(directory: Path, values: dict[str, Any]) -> None:
     """Refuse a finished run of another recipe: its result would be shown for this one's."""
-    metrics = directory / "metrics.json"
-    if not metrics.exists():
+    if not (directory / "metrics.json").exists():
         return
-    old, new = (
-        _flat(recipe) for recipe in (json.loads(metrics.read_text())["recipe"], recipes.check(values).resolved)
-    )
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if changed:
-        raise RecipeError(
-            f"{', '.join(changed)}: changed since {directory} ran; remove that run, or take another output_dir"
-        )
+    old, new = _flat(_metrics(directory)["recipe"]), _flat(recipes.check(values).resolved)
+    if changed := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
+        what = f"{', '.join(changed)}: changed since {directory} ran"
+        raise RecipeError(f"{what}; remove that run, or take another output_dir")
 
 
 def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,13 +176,16 @@ def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return flat | {task: recipe[task]}
 
 
+def _metrics(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "metrics.json").read_text())
+
+
 def _run(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
-    metrics = directory / "metrics.json"
-    if not metrics.exists():
+    if not (directory / "metrics.json").exists():
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=context, initializer=quiet_libraries) as pool:
             pool.submit(_train, values).result()
-    return json.loads(metrics.read_text())
+    return _metrics(directory)
 
 
 def _train(values: dict[str, Any]) -> None:
@@ -214,7 +205,6 @@ def _score(result: Mapping[str, Any], split: str) -> float:
 
 
 def _best(sweep: Mapping[float, dict]) -> float:
-    """The learning rate with the best validation score."""
     return max(sweep, key=lambda rate: _score(sweep[rate], "validation"))
 
 
@@ -248,16 +238,12 @@ def _write(comparison: Comparison, rows: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for row in rows:
-        test = [100 * score for score in row["test"]]
+        test, trained = [100 * score for score in row["test"]], max(row["trainable_outside_head"], 1)
         mean = statistics.mean(test)
-        spread = [[mean - min(test)], [max(test) - mean]]
-        axes.errorbar(max(row["trainable_outside_head"], 1), mean, yerr=spread, fmt="o", capsize=3)
-        axes.annotate(row["method"], (max(row["trainable_outside_head"], 1), mean), (5, 5), textcoords="offset points")
-    axes.set(
-        xscale="log",
-        xlabel="trained parameters outside the head",
-        ylabel=f"test {rows[0]['metric'].replace('_', ' ')}, %",
-    )
+        axes.errorbar(trained, mean, yerr=[[mean - min(test)], [max(test) - mean]], fmt="o", capsize=3)
+        axes.annotate(row["method"], (trained, mean), (5, 5), textcoords="offset points")
+    metric = rows[0]["metric"].replace("_", " ")
+    axes.set(xscale="log", xlabel="trained parameters outside the head", ylabel=f"test {metric}, %")
     axes.margins(x=0.2)  # room for the names
     axes.grid(alpha=0.3)
     figure.savefig(directory / "comparison.png", dpi=150)

@@ -26,23 +26,18 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
     """
 
     def __init__(self, apart: Iterable[torch.Tensor]) -> None:
-        super().__init__(self._pack, lambda saved: saved.tensor)
-        self._saved: WeakSet[_Saved] = WeakSet()
+        super().__init__(self._pack, lambda saved: saved)
+        self._saved: WeakSet[torch.Tensor] = WeakSet()  # a tensor is gone when its graph is
         self._apart = storages(apart)
 
-    def _pack(self, tensor: torch.Tensor) -> "_Saved":
-        saved = _Saved(tensor.detach())  # an output itself would hold the graph that holds it
-        self._saved.add(saved)  # weakly: it is gone when its graph is
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        saved = tensor.detach()  # an output itself would hold the graph that holds it
+        self._saved.add(saved)
         return saved
 
     def nbytes(self) -> int:
-        kept = storages(saved.tensor for saved in self._saved)
+        kept = storages(self._saved)
         return sum(size for storage, size in kept.items() if storage not in self._apart)
-
-
-class _Saved:
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
 
 
 class KernelCounter(TorchDispatchMode):

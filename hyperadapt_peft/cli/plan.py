@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -51,12 +51,15 @@ class Plan:
             ("model", f"{self.model}, {self.parameters:,} parameters"),
             ("trainable parameters", f"{self.trainable:,} ({self.trainable / self.parameters:.4%})"),
             ("adapter weights on disk", adapter),
-            ("weights", _mib(self.weights_bytes)),
-            ("gradients", _mib(self.gradient_bytes)),
-            ("AdamW's states", _mib(self.optimizer_bytes)),
-            ("activations kept", _mib(self.activation_bytes)),
-            ("in all, at least", _mib(self.total_bytes)),
         ]
+        sizes = {
+            "weights": self.weights_bytes,
+            "gradients": self.gradient_bytes,
+            "AdamW's states": self.optimizer_bytes,
+            "activations kept": self.activation_bytes,
+            "in all, at least": self.total_bytes,
+        }
+        rows += [(name, f"{size / 2**20:,.1f} MiB") for name, size in sizes.items()]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
@@ -74,13 +77,8 @@ def plan(
     Gradient checkpointing, sharding and quantization are not taken into account, nor, in image classification, the
     head that `hyperadapt train` trains beside the tuner: name it in the tuner's `modules_to_save`.
 
-    Args:
-        model: a config, or what names one: see `load_config`.
-        tuner: the `tuner` section of a recipe, or its YAML: a `peft_type` with fields of its config, or FULL.
-        task: which head the model has.
-        batch_size: how many sequences or images are in a batch.
-        sequence_length: their length in tokens, all the same.
-        dtype: of the base model's weights; PEFT makes adapters in float32.
+    `tuner` is a recipe's section or its YAML, `model` what `load_config` takes, or a config; the other arguments are those
+    of `hyperadapt plan --help`. PEFT makes adapters in float32 whatever `dtype` the base model has.
 
     Raises:
         RecipeError: the config or the tuner is wrong, or the method adapts no layers, or reads the weights' values.
@@ -96,12 +94,13 @@ def plan(
     try:
         with torch.device("meta"):
             base = build(config, kind, dtype)
-            adapted = _adapted(base, peft_config)
+            with errors_about("tuner"):
+                adapted: Any = get_peft_model(base, peft_config).train() if peft_config else base.requires_grad_(True)
         activations = _activation_bytes(adapted, base, batch_size, sequence_length)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         raise RecipeError(f"tuner: {peft_type} cannot be planned without weights: {first_line(error)}") from error
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    gradients = sum(parameter.nbytes for parameter in trained)
     return Plan(
         model=type(base).__name__,
         parameters=sum(parameter.numel() for parameter in adapted.parameters()),
@@ -112,13 +111,6 @@ def plan(
         optimizer_bytes=2 * gradients,
         activation_bytes=activations,
     )
-
-
-def _adapted(base: PreTrainedModel, config: PeftConfig | None) -> Any:
-    if config is None:
-        return base.requires_grad_(True)
-    with errors_about("tuner"):
-        return get_peft_model(base, config).train()
 
 
 def _activation_bytes(model: Any, base: PreTrainedModel, batch_size: int, sequence_length: int) -> int:
@@ -139,7 +131,3 @@ def _activation_bytes(model: Any, base: PreTrainedModel, batch_size: int, sequen
             output = torch.func.functional_call(model, state, (), batch, tie_weights=False)
         assert output.loss is not None, "the graph hangs on it"
         return saved.nbytes()
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"

@@ -63,28 +63,30 @@ class Recipe:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply `section.key=value` overrides (the value is YAML), and check all of it.
 
-    A section may be a part of another file, `data: data/glue.yaml#rte`, looked for beside the recipe.
-
     Raises:
         RecipeError: anything in it is wrong; the message is one line that names the key.
     """
-    values = read_yaml(Path(path))
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: expected the sections {', '.join(SECTIONS)}")
-    directory = Path(path).parent
-    resolve_references(values, directory)
+    values = read_sections(Path(path))
     for override in overrides:
         _override(values, override)
-        resolve_references(values, directory)
+        _resolve_references(values, Path(path).parent)
     return check(values)
 
 
-def resolve_references(values: dict[str, Any], directory: Path) -> None:
-    """Replace each section that names a part of another file, `data: data/glue.yaml#rte`, by that part, in place.
+def read_sections(path: Path) -> dict[str, Any]:
+    """What a recipe's file holds; a section may be a part of another file beside it, `data: data/glue.yaml#rte`.
 
     Raises:
-        RecipeError: there is no such file, or no such part of it.
+        RecipeError: there is no such file, or no such part of it, or no sections.
     """
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: expected the sections {', '.join(SECTIONS)}")
+    _resolve_references(values, path.parent)
+    return values
+
+
+def _resolve_references(values: dict[str, Any], directory: Path) -> None:
     for section in SECTIONS[1:]:
         reference = values.get(section)
         if isinstance(reference, str) and "#" in reference:
@@ -157,22 +159,19 @@ def read_tuner(values: Mapping[str, Any] | str, task: Task) -> tuple[dict[str, A
 
 
 def make(section: str, values: Mapping[str, Any], cls: type[T]) -> T:
-    """`cls(**values)` of a checked section; what the class itself refuses is a RecipeError too."""
+    """`cls(**values)`, checked. Raises RecipeError, also about what the class itself refuses."""
+    if not isinstance(values, Mapping):
+        raise RecipeError(f"{section}: expected keys with values, got {values!r}")
     check_fields(f"{section}.", values, cls)
     with errors_about(section):
         return cls(**copy.deepcopy(dict(values)))  # PEFT extends lists it was given
 
 
 def check_fields(prefix: str, values: Mapping[str, Any], cls: type[Any]) -> None:
-    """Check `values` against the fields of the dataclass `cls`: the keys that must and can be there, and their types.
-
-    Args:
-        prefix: what the keys are called by in a message, `training.` or nothing.
-        values: plain data, as YAML gives it.
-        cls: the dataclass.
+    """Check plain data against the fields of the dataclass `cls`.
 
     Raises:
-        RecipeError: a key is unknown, missing or of another type; the message is one line that names it.
+        RecipeError: a key is unknown, missing or of another type; the message is one line that names prefix and key.
     """
     hints = get_type_hints(cls, include_extras=True)
     fields = {}
