@@ -203,18 +203,46 @@ def test_bias_is_trained_on_request():
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("sides", "rows", "`sides` must be one of 'both', 'row', 'column', not 'rows'"),
-        ("bias", "lora_only", "`bias` must be one of 'none', 'all', 'hyperadapt_only'"),
-        ("init_weights", "gaussian", "`init_weights` must be one of True, False"),
-        ("init_weights", 1, "`init_weights` must be one of True, False"),
-        ("target_modules", 3, "`target_modules` must be a list of names or a str"),
-        ("target_modules", [3], "`target_modules` must be a list of names or a str"),
-        ("exclude_modules", {"a": 1}, "`exclude_modules` must be a list of names or a str"),
-        ("modules_to_save", "score", "`modules_to_save` must be a list of module names"),
-        ("layers_to_transform", "1", "`layers_to_transform` must be an int or a list of int"),
-        ("layers_to_transform", [True], "`layers_to_transform` must be an int or a list of int"),
+        ("sides", "rows", "`sides` must be Literal['both', 'row', 'column'], not 'rows'"),
+        ("bias", "lora_only", "`bias` must be one of ('none', 'all', 'hyperadapt_only'), not 'lora_only'"),
+        ("init_weights", "gaussian", "`init_weights` must be bool, not 'gaussian'"),
+        ("init_weights", 1, "`init_weights` must be bool, not 1"),
+        (
+            "target_modules",
+            3,
+            "`target_modules` must be Union[list[str], tuple[str, ...], set[str], str, NoneType], not 3",
+        ),
+        (
+            "target_modules",
+            [3],
+            "`target_modules` must be Union[list[str], tuple[str, ...], set[str], str, NoneType], not [3]",
+        ),
+        (
+            "exclude_modules",
+            {"a": 1},
+            "`exclude_modules` must be Union[list[str], tuple[str, ...], set[str], str, NoneType], not {'a': 1}",
+        ),
+        (
+            "modules_to_save",
+            "score",
+            "`modules_to_save` must be Union[list[str], tuple[str, ...], set[str], NoneType], not 'score'",
+        ),
+        (
+            "layers_to_transform",
+            "1",
+            "`layers_to_transform` must be Union[list[int], tuple[int, ...], set[int], int, NoneType], not '1'",
+        ),
+        (
+            "layers_to_transform",
+            [True],
+            "`layers_to_transform` must be Union[list[int], tuple[int, ...], set[int], int, NoneType], not [True]",
+        ),
         ("layers_pattern", "h", "`layers_to_transform` must also be specified"),
-        ("trainable_token_indices", {"embed": ["a"]}, "`trainable_token_indices` must be a list of int"),
+        (
+            "trainable_token_indices",
+            {"embed": ["a"]},
+            "`trainable_token_indices` must be Union[list[int], tuple[int, ...], set[int], dict[str, ",
+        ),
     ],
 )
 def test_config_fields_are_checked(field, value, message):

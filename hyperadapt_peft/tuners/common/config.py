@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from typing import Any, Optional, Union, cast
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from inspect import formatannotation
+from typing import Any, Optional, Union, cast, get_type_hints
 
+from huggingface_hub.dataclasses import type_validator
 from peft.config import PeftConfig
 from peft.tuners._buffer_dict import BufferDict
 from peft.utils import PeftType
@@ -16,6 +18,8 @@ from ...integrations.hub import add_usage
 from ...version import INSTALL
 
 
+Names = Union[list[str], tuple[str, ...], set[str]]
+Indices = Union[list[int], tuple[int, ...], set[int]]
 FORMAT_VERSION = 2  # of adapter files; raised as tests/golden/README.md says
 
 
@@ -49,18 +53,18 @@ class TargetConfig(PeftConfig):
             of a newer one are refused.
 
     Raises:
-        TypeError: If a field has a value of the wrong type.
+        TypeError: If a field has a value that is not of its type, such as none of a `Literal`.
         ValueError: If a field has a value it cannot have. Both messages name the field and what it takes.
     """
 
-    target_modules: Optional[Union[list[str], set[str], str]] = None
-    exclude_modules: Optional[Union[list[str], set[str], str]] = None
+    target_modules: Optional[Union[Names, str]] = None
+    exclude_modules: Optional[Union[Names, str]] = None
     init_weights: bool = True
     bias: str = "none"
-    modules_to_save: Optional[list[str]] = None
-    layers_to_transform: Optional[Union[list[int], int]] = None
-    layers_pattern: Optional[Union[list[str], str]] = None
-    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = None
+    modules_to_save: Optional[Names] = None
+    layers_to_transform: Optional[Union[Indices, int]] = None
+    layers_pattern: Optional[Union[Names, str]] = None
+    trainable_token_indices: Optional[Union[Indices, dict[str, Indices]]] = None
     format_version: Optional[int] = None
 
     # Of a config that was read from a file, until the adapter's weights are loaded: the names of the parameters that were
@@ -80,26 +84,19 @@ class TargetConfig(PeftConfig):
             )
         self._read_version(self.format_version)
         self.format_version = FORMAT_VERSION
+        check_types(self)
         self.target_modules = names_or_regex(self.target_modules, "target_modules")
         self.exclude_modules = names_or_regex(self.exclude_modules, "exclude_modules")
-        if isinstance(self.modules_to_save, str):
-            raise TypeError(f"`modules_to_save` must be a list of module names, not {self.modules_to_save!r}.")
         for name in ("modules_to_save", "layers_pattern"):
             patterns = names_or_regex(getattr(self, name), name)
             for pattern in patterns if isinstance(patterns, set) else ():
                 names_or_regex(pattern, name)  # PEFT puts each into a regular expression
-        for name in ("base_model_name_or_path", "revision", "peft_version"):
-            instance_of(getattr(self, name), name, str, type(None))
-        instance_of(self.auto_mapping, "auto_mapping", dict, type(None))
-        instance_of(self.inference_mode, "inference_mode", bool)
-        one_of(self.init_weights, "init_weights", (True, False))
-        one_of(self.bias, "bias", ("none", "all", f"{PeftType(self.peft_type).value.lower()}_only"))
-        layers = self.layers_to_transform
-        if layers is not None:
-            indices([layers] if type(layers) is int else layers, "layers_to_transform", "an int or a list of int")
-        tokens = self.trainable_token_indices
+        if self.bias not in (biases := ("none", "all", f"{PeftType(self.peft_type).value.lower()}_only")):
+            raise ValueError(f"`bias` must be one of {biases}, not {self.bias!r}.")
+        layers, tokens = self.layers_to_transform, self.trainable_token_indices
+        check_indices([layers] if isinstance(layers, int) else layers or (), "layers_to_transform")
         for ids in tokens.values() if isinstance(tokens, dict) else () if tokens is None else (tokens,):
-            indices(ids, "trainable_token_indices", "a list of int")
+            check_indices(ids, "trainable_token_indices")
             if not ids:
                 raise ValueError("`trainable_token_indices` must not be empty; None means no tokens.")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -132,51 +129,37 @@ class TargetConfig(PeftConfig):
         add_usage(save_directory, self)
 
 
-def one_of(value: Any, name: str, allowed: Iterable[Any]) -> None:
-    """Raise ValueError unless `value` is one of `allowed`, of the same type (1 is not True)."""
-    allowed = tuple(allowed)
-    if not any(type(value) is type(item) and value == item for item in allowed):
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, not {value!r}.")
+def check_types(config: PeftConfig) -> None:
+    """Raise TypeError for the first field whose value is not of its annotated type; a bool is no int here."""
+    types = get_type_hints(type(config))
+    for name in (field.name for field in fields(config) if field.name not in ("peft_type", "task_type")):
+        value = getattr(config, name)
+        try:
+            type_validator(name, value, types[name])
+        except TypeError:
+            raise TypeError(f"`{name}` must be {formatannotation(types[name])}, not {value!r}.") from None
 
 
-def instance_of(value: Any, name: str, *types: type) -> None:
-    """Raise TypeError unless `value` is an instance of one of `types`."""
-    if not isinstance(value, types):
-        raise TypeError(f"`{name}` must be of type {' or '.join(t.__name__ for t in types)}, not {value!r}.")
-
-
-def names_or_regex(value: Any, name: str) -> Union[set[str], str, None]:
+def names_or_regex(value: Optional[Union[Names, str]], name: str) -> Union[set[str], str, None]:
     """Return names as PEFT wants them, a set; a regular expression or None as it is.
 
     Raises:
-        TypeError: If it is of another type.
         ValueError: If a name is empty, or a str is not a regular expression.
     """
-    if value is None:
-        return None
     if isinstance(value, str):
         try:
             re.compile(value)
         except (re.error, OverflowError, RecursionError) as exc:
             raise ValueError(f"`{name}` must be a regular expression, not {value!r}: {exc}.") from None
-    elif not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
-        raise TypeError(f"`{name}` must be a list of names or a str, not {value!r}.")
-    else:
+    elif value is not None:
         value = set(value)
-    if "" in ({value} if isinstance(value, str) else value):
+    if value == "" or (isinstance(value, set) and "" in value):
         raise ValueError(f"`{name}` must not be an empty name or have one.")
     return value
 
 
-def indices(value: Any, name: str, expected: str) -> None:
-    """Check that `value` is a list of indices.
-
-    Raises:
-        TypeError: If it is anything else (bool is not an int here); the message says what was `expected`.
-        ValueError: If an index is negative or too large for any model.
-    """
-    if not isinstance(value, (list, tuple, set)) or not all(type(item) is int for item in value):
-        raise TypeError(f"`{name}` must be {expected}, not {value!r}.")
+def check_indices(value: Collection[int], name: str) -> None:
+    """Raise ValueError if an index is negative or too large for any model."""
     if not all(0 <= item < 2**31 for item in value):
         raise ValueError(f"`{name}` must have no negative or huge indices, not {value!r}.")
 
@@ -192,7 +175,8 @@ def check_adapter_name(name: Any, taken: Collection[str]) -> None:
         TypeError: If it is not a str.
         ValueError: If it is not the name of one directory or module, or means something else already.
     """
-    instance_of(name, "adapter_name", str)
+    if not isinstance(name, str):
+        raise TypeError(f"`adapter_name` must be a str, not {name!r}.")
     containers = (nn.ModuleDict(), nn.ParameterDict(), BufferDict())
     if not name or set(name) & set("./\\:\0") or name == "__base__" or any(name in dir(c) for c in containers):
         raise ValueError(

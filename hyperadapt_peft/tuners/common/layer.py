@@ -119,9 +119,7 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         """The base layer's output with the active adapters."""
         raise NotImplementedError
 
-    def mixed_batch_forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: BatchNames, **kwargs: Any
-    ) -> torch.Tensor:
+    def mixed_batch_forward(self, x: torch.Tensor, names: BatchNames, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output with one adapter, or none, per sample; the base layer is called once."""
         raise NotImplementedError
 
@@ -167,10 +165,10 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         if not any(map(self.has_adapter, adapter_names.unique)):
             return self.base_layer(x, *args, **kwargs)
         if len(x) == len(adapter_names):
-            return self.mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+            return self.mixed_batch_forward(x, adapter_names, *args, **kwargs)
         if x.dim() == 2 and len(x) == len(adapter_names) * adapter_names.tokens:  # flattened, in the samples' order
             x = x.unflatten(0, (len(adapter_names), adapter_names.tokens))
-            return self.mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs).flatten(0, 1)
+            return self.mixed_batch_forward(x, adapter_names, *args, **kwargs).flatten(0, 1)
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{len(adapter_names)} and {len(x)} respectively."

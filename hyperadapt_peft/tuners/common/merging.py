@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Optional
 
 import torch
@@ -12,7 +11,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from torch import nn
 
 from .base_weight import check_finite, local
-from .layer import TargetLayer, modules_around_adapters
+from .experts import without_wrappers
+from .layer import TargetLayer, modules_around_adapters, named_modules_around_adapters
 
 
 class AtomicMerging(BaseTuner):
@@ -98,9 +98,10 @@ def _check_not_shared(model: nn.Module, layers: list[TargetLayer]) -> None:
 
     Merging into the one would change what the other computes. Quantized weights are replaced and not changed.
     """
-    readers = defaultdict(list)
-    outermost = {}
-    for name, place, module in _places(model):
+    readers, places, outermost = defaultdict(list), {}, {}
+    for key, module in named_modules_around_adapters(model, remove_duplicate=False):
+        name = without_wrappers(key)
+        place = places.setdefault(name, module)  # a tuner layer, or the outermost of several, and what is inside
         outermost[module] = name, place
         for parameter in module._parameters.values():
             if parameter is not None and (memory := _memory(parameter)):
@@ -129,22 +130,3 @@ def _memory(parameter: torch.Tensor) -> Optional[tuple[int, int, int]]:
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
     return tensor.untyped_storage().data_ptr(), start, start + (last + 1) * tensor.element_size()
-
-
-def _places(
-    module: nn.Module, name: str = "", place: Optional[nn.Module] = None
-) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """Yield all modules as often as the model has them, but for adapters, with the outermost tuner layers around them.
-
-    A tuner layer and its base layer are one place in the model, with one name.
-    """
-    place = place or module
-    yield name, place, module
-    own = (*module.adapter_layer_names, *module.other_param_names) if isinstance(module, BaseTunerLayer) else ()
-    for child_name, child in module._modules.items():
-        if child is None or child_name in own:
-            continue
-        if isinstance(module, BaseTunerLayer) and child_name == "base_layer":
-            yield from _places(child, name, place)
-        else:
-            yield from _places(child, f"{name}.{child_name}" if name else child_name)

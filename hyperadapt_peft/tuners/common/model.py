@@ -123,8 +123,6 @@ class TargetModel(AtomicInjection, AtomicMerging):
         *,
         parameter_name: Optional[str] = None,
     ) -> None:
-        if current_key is None:
-            raise ValueError("Current Key shouldn't be `None`")
         tuner: Any = _tuner(config)
         if isinstance(target, tuner.tuner_layer_cls) and parameter_name in (None, target.parameter_name):
             target.update_layer(adapter_name, config)

@@ -132,13 +132,11 @@ class ParamWrapper(HyperAdaptLayer):
         row, column = (None if side[0] is None else torch.stack(side) for side in zip(*experts, strict=True))
         return row, column
 
-    def mixed_batch_forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: BatchNames, **kwargs: Any
-    ) -> torch.Tensor:
+    def mixed_batch_forward(self, x: torch.Tensor, names: BatchNames, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise ValueError(
             f"hyperadapt.ParamWrapper does not support mixed adapter batches yet: {self.parameter_name} is one for all "
             "samples. Call the model with one adapter at a time, or leave out "
-            f"{', '.join(filter(self.has_adapter, adapter_names.unique))}."
+            f"{', '.join(filter(self.has_adapter, names.unique))}."
         )
 
     def unload_and_optionally_merge_module(

@@ -101,10 +101,8 @@ class HyperAdaptLayer(TargetLayer):
     def adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.scaled_forward(x, self.active_scales(), *args, **kwargs)
 
-    def mixed_batch_forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: BatchNames, **kwargs: Any
-    ) -> torch.Tensor:
-        scales = adapter_names.remember(self, partial(self.batch_scales, adapter_names))
+    def mixed_batch_forward(self, x: torch.Tensor, names: BatchNames, *args: Any, **kwargs: Any) -> torch.Tensor:
+        scales = names.remember(self, partial(self.batch_scales, names))
         return self.scaled_forward(x, scales, *args, **kwargs)
 
     def scaled_forward(self, x: torch.Tensor, scales: Scales, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -155,14 +155,11 @@ class HyperAdaptModel(TargetModel):
             [adapter], adapter_name, lambda offsets: (algebra.invert(offsets[0][0]), algebra.invert(offsets[0][1]))
         )
 
-    def _check_adapters(self, adapters: list[str]) -> None:
-        if unknown := [name for name in adapters if name not in self.peft_config]:
-            raise ValueError(f"Adapter(s) {unknown} not found, available adapters: {sorted(self.peft_config)}")
-
     def _add_combination(
         self, adapters: list[str], adapter_name: str, combine: Callable[[list[algebra.Offsets]], algebra.Offsets]
     ) -> None:
-        self._check_adapters(adapters)
+        if unknown := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"Adapter(s) {unknown} not found, available adapters: {sorted(self.peft_config)}")
         check_adapter_name(adapter_name, taken_names(self.model, self.tuner_layer_cls))
         if adapter_name in self.peft_config:
             raise ValueError(f"There is already an adapter called {adapter_name}.")

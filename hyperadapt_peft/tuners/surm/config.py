@@ -1,11 +1,10 @@
 """Configuration of SURM."""
 
 from dataclasses import InitVar, dataclass
-from typing import Literal, Optional
+from typing import Literal, Optional, Union
 
 from ...integrations.peft import add_peft_type
-from ..common.config import TargetConfig, one_of
-from .structures import STRUCTURES
+from ..common.config import TargetConfig
 
 
 @dataclass
@@ -38,23 +37,20 @@ class SurmConfig(TargetConfig):
     placement: Literal["parallel", "sequential"] = "parallel"
     r: int = 1
     symmetric: bool = True
-    alpha: float = 1.0
-    surm_dropout: float = 0.0
+    alpha: Union[float, int] = 1.0
+    surm_dropout: Union[float, int] = 0.0
     place: InitVar[Optional[str]] = None  # `placement` in files of format 1
 
     def __post_init__(self, place):
         self.peft_type = add_peft_type("SURM")
-        super().__post_init__()
         if place is not None:
             self.placement = {"lora": "parallel", "adapter": "sequential"}.get(place, place)
-        one_of(self.structure, "structure", STRUCTURES)
-        one_of(self.placement, "placement", ("parallel", "sequential"))
-        one_of(self.symmetric, "symmetric", (True, False))
-        if type(self.r) is not int or self.r < 1:
+        super().__post_init__()
+        if self.r < 1:
             raise ValueError(f"`r` must be a positive integer, not {self.r!r}.")
         if self.r != 1 and self.structure != "ldr":
             raise ValueError(f"`r` is the displacement rank of structure='ldr'; {self.structure!r} has none.")
-        if type(self.alpha) not in (int, float) or not abs(self.alpha) < float("inf"):
+        if not abs(self.alpha) < float("inf"):
             raise ValueError(f"`alpha` must be a finite number, not {self.alpha!r}.")
-        if type(self.surm_dropout) not in (int, float) or not 0 <= self.surm_dropout < 1:
+        if not 0 <= self.surm_dropout < 1:
             raise ValueError(f"`surm_dropout` must be in [0, 1), not {self.surm_dropout!r}.")

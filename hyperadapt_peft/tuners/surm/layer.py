@@ -98,18 +98,16 @@ class Linear(SurmLayer):
             result = self.add_update(result, x, name, (self.gain(name) * a, b, bias, self.scaling[name]))
         return result
 
-    def mixed_batch_forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: BatchNames, **kwargs: Any
-    ) -> torch.Tensor:
+    def mixed_batch_forward(self, x: torch.Tensor, names: BatchNames, *args: Any, **kwargs: Any) -> torch.Tensor:
         result = self.base_forward(x, *args, **kwargs)
         kinds = defaultdict(list)
-        for name in filter(self.has_adapter, adapter_names.unique):
+        for name in filter(self.has_adapter, names.unique):
             config = self.surm_config[name]
             kinds[config.placement, self.surm_structure[name], config.surm_dropout].append(name)
-        for names in kinds.values():  # one product of all samples, with zeros for those of other kinds
-            make = partial(self.batch_factors, names, adapter_names, x.dim())
-            factors = adapter_names.remember((self, names[0]), make)
-            result = self.add_update(result, x, names[0], factors)
+        for alike in kinds.values():  # one product of all samples, with zeros for those of other kinds
+            make = partial(self.batch_factors, alike, names, x.dim())
+            factors = names.remember((self, alike[0]), make)
+            result = self.add_update(result, x, alike[0], factors)
         return result
 
     def batch_factors(self, names: list[str], adapter_names: BatchNames, dims: int) -> tuple:

@@ -311,13 +311,16 @@ def test_kronecker_is_lokr():
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"structure": "hankel"}, "`structure` must be one of 'circulant', 'toeplitz', 'kronecker', 'ldr'"),
-        ({"placement": "attention"}, "`placement` must be one of 'parallel', 'sequential'"),
+        (
+            {"structure": "hankel"},
+            r"`structure` must be Literal\['circulant', 'toeplitz', 'kronecker', 'ldr'\], not 'hankel'",
+        ),
+        ({"placement": "attention"}, r"`placement` must be Literal\['parallel', 'sequential'\], not 'attention'"),
         ({"r": 2}, "displacement rank of structure='ldr'"),
         ({"r": 0, "structure": "ldr"}, "`r` must be a positive integer"),
         ({"alpha": float("nan")}, "`alpha` must be a finite number"),
         ({"surm_dropout": 1.0}, r"`surm_dropout` must be in \[0, 1\)"),
-        ({"symmetric": "yes"}, "`symmetric` must be one of True, False"),
+        ({"symmetric": "yes"}, "`symmetric` must be bool, not 'yes'"),
     ],
     ids=str,
 )
