@@ -23,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("train", help="train, save and evaluate what a YAML recipe describes")
+    command.set_defaults(function=train)
     command.add_argument("recipe", help="a YAML file with the sections task, model, data, tuner and training")
     command.add_argument(
         "overrides",
@@ -39,9 +40,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     command = commands.add_parser("compare", help="train several methods on one task and put them in a table")
+    command.set_defaults(function=compare)
     command.add_argument("comparison", help="a YAML file with the keys recipe, seeds, methods and output_dir")
 
     command = commands.add_parser("bench", help="measure speed and memory of training with each method, side by side")
+    command.set_defaults(function=bench)
     _add_model(command, "--model", default="llama")
     command.add_argument("--rounds", type=int, default=7, help="each times one step of every method (default 7)")
     command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -53,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--output-dir", default="runs/bench", help="of bench.json, bench.md and bench.png, replaced")
 
     command = commands.add_parser("plan", help="tell what training will need, without loading weights")
+    command.set_defaults(function=plan)
     _add_model(command, "model")
     command.add_argument(
         "--tuner",
@@ -61,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     command = commands.add_parser("inspect", help="show the ranks and singular values of an adapter's updates")
+    command.set_defaults(function=inspect)
     command.add_argument("adapter", help="an adapter's directory or Hub id")
     command.add_argument("--model", help="its base model, default what its config names")
     command.add_argument("--beside", metavar="ADAPTER", help="another adapter of the same base model")
@@ -98,16 +103,76 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error("run: expected a command")
         return run(args.arguments)
     quiet_libraries()
-    from hyperadapt_peft.cli.commands import COMMANDS
     from hyperadapt_peft.cli.errors import RecipeError
 
     options = vars(args)
+    del options["command"]
     try:
-        COMMANDS[options.pop("command")](**options)
+        options.pop("function")(**options)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def train(recipe: str, overrides: list[str], dry_run: bool, **options: bool) -> None:
+    """Run a recipe, or with `--dry-run` show it."""
+    from hyperadapt_peft.cli import train
+    from hyperadapt_peft.cli.recipe import load
+
+    checked = load(recipe, overrides)
+    if dry_run:
+        print(train.dry_run(checked), end="")
+        return
+    results = train.train(checked, **options)
+    if checked.arguments.process_index == 0:
+        print(train.summary(results))
+
+
+def compare(comparison: str) -> None:
+    """Run a comparison and print its tables."""
+    from hyperadapt_peft.cli.compare import compare, load, table
+
+    checked = load(comparison)
+    print(table(compare(checked)))
+    print(f"Next: `hyperadapt inspect` an adapter in {checked.output_dir}; comparison.png there plots the table.")
+
+
+def bench(model: str, output_dir: str, **options: Any) -> None:
+    """Measure and print the table."""
+    from hyperadapt_peft.cli.bench import bench, table
+
+    print(table(bench(model, output_dir=output_dir, **options)["rows"]))
+    print(f"Next: `hyperadapt plan {model}` tells what training needs; {output_dir} has this table as a plot.")
+
+
+def plan(**options: Any) -> None:
+    """Print the plan."""
+    from hyperadapt_peft.cli.plan import plan
+
+    print(plan(**options))
+    print("\nNext: put the model and the tuner into a recipe (configs/ has some) and run `hyperadapt train RECIPE`.")
+
+
+def inspect(adapter: str, beside: str | None, model: str | None, output: str | None) -> None:
+    """Print the table of one adapter or two, and write it into a directory if there is one."""
+    from hyperadapt_peft.adapters import inspection
+    from hyperadapt_peft.cli.errors import errors_about
+
+    reports = {}
+    for name in filter(None, (adapter, beside)):
+        with errors_about(name, name, RuntimeError, KeyError):
+            adapted = inspection.load(name, model)
+            label = adapted.active_peft_config.peft_type.value
+            reports[label if label not in reports else name] = inspection.inspect_adapter(adapted)
+    print(inspection.table(reports))
+    if output:
+        inspection.write(reports, Path(output))
+        print(f"Next: {Path(output, 'ranks.png')} plots the singular values and ranks.")
+    else:
+        print(
+            "Next: `--beside ADAPTER` shows another adapter beside it, `--output DIRECTORY` writes the plot and data."
+        )
 
 
 def quiet_libraries() -> None:

@@ -78,11 +78,8 @@ class ResumableTrainer(Trainer):
         return sampler
 
 
-class ArgmaxTrainer(ResumableTrainer):
-    """Evaluates by a forward pass, of which only the predictions are kept: logits of a vocabulary would fill the memory."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(preprocess_logits_for_metrics=predict, **kwargs)
+# Evaluates by a forward pass, of which only the predictions are kept: logits of a vocabulary would fill the memory.
+ArgmaxTrainer = partial(ResumableTrainer, preprocess_logits_for_metrics=predict)
 
 
 class GenerationTrainer(ResumableTrainer):
