@@ -1,14 +1,15 @@
 """Many adapters in vLLM, each request with its own: HyperAdapt beside LoRA of ranks 1 and 8, and no adapters at all.
 
     python -m benchmarks.embedded smollm2
-    .venv-vllm/bin/python -m benchmarks.vllm [--adapters 0 1 8 64] [--rounds 3]
+    .venv-vllm/bin/python -m benchmarks.vllm [--adapters 0 1 8 64] [--rounds 3] [--slots 1 64 512]
 
-SmolLM2-135M in bfloat16, 64 requests of 32 tokens that each get 16 more, spread evenly over the adapters, and single
-requests of 128 tokens for the time to the first token. All engines live at once, each in a process of its own with one
-thread, and are measured in turn. The numbers are seconds of the engine's processor time, the least of the rounds: what
-else a shared machine does only adds to them. On CPUs vLLM's LoRA gathers whole matrices for each token, on GPUs it has
-kernels: LoRA's rates here say nothing about GPUs. `make test-vllm` sets up the environment. Writes
-benchmarks/results/vllm.json.
+SmolLM2-135M in bfloat16, 64 requests of 32 tokens that each get 16 more, spread evenly over the loaded adapters (512
+loaded are 64 distinct ones in a batch), and single requests of 128 tokens for the time to the first token. All engines
+live at once, each in a process of its own with one thread, and are measured in turn. The numbers are seconds of the
+engine's processor time, the least of the rounds: what else a shared machine does only adds to them. With --slots, engines
+of so many slots are first started one after the other, for the memory and the start of each. On CPUs vLLM's LoRA gathers
+whole matrices for each token, on GPUs it has kernels: LoRA's rates here say nothing about GPUs. `make test-vllm` sets up
+the environment. Writes benchmarks/results/vllm.json.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import os
 import platform
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import psutil
@@ -53,16 +53,19 @@ class Engine:
         from vllm import LLM
 
         before = set(psutil.Process().children(recursive=True))
-        start = time.perf_counter()
         settings: dict = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": REQUESTS, "seed": 0}
         if method is not None:
             rank = 8 if method == "LoRA r=8" else 1
             settings |= {"enable_lora": True, "max_loras": slots, "max_lora_rank": rank}
             settings["additional_config"] = {"hyperadapt": True} if method == "HyperAdapt" else {}
         self.llm = LLM(model, dtype="bfloat16", skip_tokenizer_init=True, enable_prefix_caching=False, **settings)
-        self.seconds_to_start = time.perf_counter() - start
         self.processes = set(psutil.Process().children(recursive=True)) - before
+        self.seconds_to_start = self.processor_time()
         self.memory = sum(process.memory_info().rss for process in self.processes)
+
+    def stop(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+        psutil.wait_procs(self.processes)
 
     def processor_time(self) -> float:
         return sum(sum(process.cpu_times()[:2]) for process in self.processes)
@@ -73,7 +76,7 @@ class Engine:
 
         prompts = [{"prompt_token_ids": [(7 * i + j) % 1000 + 3 for j in range(prompt)]} for i in range(requests)]
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        chosen = [adapters[i % len(adapters)] for i in range(requests)]
+        chosen = [adapters[i * max(1, len(adapters) // requests) % len(adapters)] for i in range(requests)]
         before = self.processor_time()
         self.llm.generate(prompts, sampling, lora_request=chosen, use_tqdm=False)
         return self.processor_time() - before
@@ -82,8 +85,9 @@ class Engine:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.vllm", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default=str(DIRECTORY / "smollm2"), help="a directory")
-    parser.add_argument("--adapters", type=int, nargs="+", default=[0, 1, 8, 64], help="distinct adapters in a batch")
+    parser.add_argument("--adapters", type=int, nargs="+", default=[0, 1, 8, 64], help="how many are loaded")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--slots", type=int, nargs="+", default=[], help="of engines that are only started")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "vllm.json")
     args = parser.parse_args()
@@ -93,6 +97,14 @@ def main() -> int:
     )
     import vllm
     from vllm.lora.request import LoRARequest
+
+    started = []
+    for method in args.methods:
+        for count in args.slots:
+            engine = Engine(args.model, method, count)
+            started.append((method, count, engine))
+            engine.stop()
+            print(method, count, f"slots: {engine.seconds_to_start:.1f} s, {engine.memory / 1e6:.0f} MB", flush=True)
 
     slots = max(*args.adapters, 1)
     with tempfile.TemporaryDirectory() as temporary:
@@ -106,7 +118,9 @@ def main() -> int:
                 paths = [Path(temporary) / method / str(i) for i in range(count)] if method else []
                 adapters = [LoRARequest(path.name, i, str(path)) for i, path in enumerate(paths, 1)] or [None]
                 engine = engines[method]
-                if not round:  # loads the adapters
+                if not round:
+                    for adapter in filter(None, adapters):
+                        engine.llm.llm_engine.add_lora(adapter)
                     engine.seconds(REQUESTS, PROMPT, 1, adapters)
                     continue
                 batches[method, count].append(engine.seconds(REQUESTS, PROMPT, TOKENS, adapters))
@@ -135,10 +149,11 @@ def main() -> int:
         "engines": [
             {
                 "method": method or "no adapters enabled",
+                "slots": count,
                 "seconds to start": round_to(engine.seconds_to_start),
                 "bytes of memory": engine.memory,
             }
-            for method, engine in engines.items()
+            for method, count, engine in [*started, *((method, slots if method else 0, engine) for method, engine in engines.items())]
         ],
     }
     args.output.write_text(json.dumps(results, indent=2) + "\n")
