@@ -31,8 +31,8 @@ from .tasks import Task, find_task
 
 FROZEN = "frozen"
 # Name -> its `tuner` section; all adapt the same linear layers, every one but the output head.
-METHODS: dict[str, dict[str, Any] | None] = {
-    FROZEN: None,
+METHODS: dict[str, dict[str, Any]] = {
+    FROZEN: {},
     "hyperadapt": {"peft_type": "HYPERADAPT"},
     "hyperadapt-save-memory": {"peft_type": "HYPERADAPT", "save_memory": True},
     "surm-circulant": {"peft_type": "SURM", "structure": "circulant"},
@@ -110,7 +110,8 @@ def bench(
         batch = make_batch(base, batch_size, sequence_length)
     if gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    setups = {name: _set_up(name, base, kind) for name in tqdm(names, desc="models", unit="model")}
+    linears = _linears(base, kind)
+    setups = {name: _set_up(name, base, kind, linears) for name in tqdm(names, desc="models", unit="model")}
     if autocast:
         for adapted, _ in setups.values():
             adapted.forward = torch.autocast(device, torch.bfloat16)(adapted.forward)
@@ -177,24 +178,27 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _set_up(name: str, base: PreTrainedModel, task: Task) -> Setup:
-    if (section := METHODS[name]) is None:
-        frozen = _share(base).requires_grad_(False)
-        frozen.enable_input_require_grads()
-        return frozen, None
-    linears = _linears(base, task)
-    if section["peft_type"] == "FULL":
-        model = copy.deepcopy(base).requires_grad_(True)  # its steps change the weights
-    else:
-        section = {**section, "target_modules": list(linears)}
-        if section["peft_type"] in BLOCKS:
-            key, size = BLOCKS[section["peft_type"]]
-            section[key] = math.gcd(size, *(width for widths in linears.values() for width in widths))
-        peft_config: Any = read_tuner(section, task)[1]
-        with errors_about(name):
-            model = get_peft_model(_share(base), peft_config)
+def _set_up(name: str, base: PreTrainedModel, task: Task, linears: dict[str, tuple[int, int]]) -> Setup:
+    section = METHODS[name]
+    changes: dict[str, Any] = {"target_modules": [*linears], "task_type": task.task_type}
+    if section.get("peft_type") in BLOCKS:
+        key, size = BLOCKS[section["peft_type"]]
+        changes[key] = math.gcd(size, *(width for widths in linears.values() for width in widths))
+    with errors_about(name):  # the steps of `full` change the weights
+        model = _adapted(name, copy.deepcopy(base) if name == "full" else _share(base), changes)
+    if name == FROZEN:
+        model.enable_input_require_grads()
+        return model, None
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return model.train(), torch.optim.AdamW(trained, lr=1e-3)
+
+
+def _adapted(name: str, model: Any, changes: dict[str, Any]) -> Any:
+    """The model with a method, whose section is changed where it must fit the model."""
+    if name in (FROZEN, "full"):
+        return model.requires_grad_(name == "full")
+    peft_config: Any = read_tuner({**METHODS[name], **changes}, find_task("causal-lm"))[1]
+    return get_peft_model(model, peft_config)
 
 
 def _share(model: PreTrainedModel) -> PreTrainedModel:
@@ -238,14 +242,9 @@ def _measure(setup: Setup, base: PreTrainedModel, batch: dict[str, torch.Tensor]
 
 def _kernels(name: str, dtype: torch.dtype) -> dict[str, int]:
     """The kernels of one adapted linear layer without bias, on the CPU; those of a training step with its loss, a sum."""
-    section, width = METHODS[name], 256
-    model: Any = nn.Sequential(nn.Linear(width, width, bias=False, dtype=dtype))
-    if section is None:
-        model.requires_grad_(False)
-    elif section["peft_type"] != "FULL":
-        peft_config: Any = read_tuner(section | {"target_modules": ["0"]}, find_task("causal-lm"))[1]
-        peft_config.task_type = None
-        model = get_peft_model(model, peft_config)
+    width = 256
+    layer = nn.Sequential(nn.Linear(width, width, bias=False, dtype=dtype))
+    model = _adapted(name, layer, {"target_modules": ["0"], "task_type": None})
     x = torch.randn(4, width, dtype=dtype, requires_grad=True)
     with torch.no_grad(), KernelCounter() as inference:
         model.eval()(x)
@@ -281,16 +280,14 @@ def _time(setups: dict[str, Setup], batch: dict[str, torch.Tensor], rounds: int)
     """Method -> the seconds of its step in each round."""
     seconds: dict[str, list[float]] = {name: [] for name in setups}
     order, shuffle = list(setups), random.Random(0).shuffle
-    with tqdm(total=rounds * len(order), desc="steps", unit="step") as bar:
-        for _ in range(rounds):
-            gc.collect()
-            shuffle(order)
-            for name in order:
-                model, optimizer = setups[name]
-                start = _now(model.device.type)
-                _update(model(**batch).loss, optimizer)
-                seconds[name].append(_now(model.device.type) - start)
-                bar.update()
+    for _ in tqdm(range(rounds), desc="rounds", unit="round"):
+        gc.collect()
+        shuffle(order)
+        for name in order:
+            model, optimizer = setups[name]
+            start = _now(model.device.type)
+            _update(model(**batch).loss, optimizer)
+            seconds[name].append(_now(model.device.type) - start)
     return seconds
 
 
