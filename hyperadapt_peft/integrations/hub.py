@@ -64,12 +64,7 @@ adapter = "..."  # this repository's id, or this directory
 
 
 def add_usage(directory: str | Path, config: PeftConfig) -> None:
-    """Put `usage(config)` into the README.md in `directory`; there are never two of it, nor half a file.
-
-    Args:
-        directory (`str | Path`): Where the adapter is, and the README is or will be.
-        config ([`PeftConfig`]): The adapter's configuration.
-    """
+    """Put `usage(config)` into the README.md in `directory`; there are never two of it, nor half a file."""
     path = Path(directory) / "README.md"
     card = _with_usage(path, config)
     written = path.with_name(f".{uuid.uuid4().hex}.md")  # others may write the same README at the same time

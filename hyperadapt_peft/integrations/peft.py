@@ -38,9 +38,6 @@ def add_peft_type(name: str) -> PeftType:
 
     `PeftType` has no extension point, and transformers needs a member with a `.value`; a plain string is not enough.
 
-    Args:
-        name: The type's name, upper case, for instance `"HYPERADAPT"`.
-
     Raises:
         RuntimeError: If this Python's `enum` does not take the new member.
     """
@@ -74,11 +71,7 @@ def register_peft_type(
     Safe to call again (reloaded modules replace their older selves) and from several threads. If PEFT itself, or
     another package, already has a method of that name, theirs stays and one warning says so.
 
-    Args:
-        name: The method's name, lower case; the prefix of its parameters is `name + "_"`.
-        config_cls: The method's `PeftConfig`.
-        model_cls: The method's `BaseTuner`.
-        layer_cls: The method's `BaseTunerLayer`, needed by `PeftMixedModel`.
+    The name is lower case; the prefix of the method's parameters is `name + "_"`.
     """
     with _lock:
         peft_type = add_peft_type(name.upper())

@@ -14,11 +14,7 @@ if TYPE_CHECKING:
 
 
 class SavedWeight:
-    """A base weight from before the first merge into it, on the CPU: one for all the layers that merge into it.
-
-    Args:
-        weight (`torch.Tensor`): The weight before the first merge.
-    """
+    """A base weight from before the first merge into it, on the CPU: one for all the layers that merge into it."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = on_cpu(weight)
@@ -41,9 +37,6 @@ class MergedWeight:
 
     The weight may be another module's too, and tuner layers sit around each other. So others may have merged into it
     before, may do so later, and unmerge in any order.
-
-    Args:
-        layer ([`TargetLayer`]): The layer; nothing is merged yet.
     """
 
     def __init__(self, layer: TargetLayer) -> None:

@@ -167,9 +167,7 @@ def check_indices(value: Collection[int], name: str) -> None:
 def check_adapter_name(name: Any, taken: Collection[str]) -> None:
     """Check that an adapter can have this name: modules are called so, and `save_pretrained` makes a directory of it.
 
-    Args:
-        name: The adapter's name.
-        taken: The names of parameters, and PEFT's own, that it would be confused with.
+    `taken` are the names of parameters, and PEFT's own, that it would be confused with.
 
     Raises:
         TypeError: If it is not a str.

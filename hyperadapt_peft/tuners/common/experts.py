@@ -59,10 +59,8 @@ def fused_weights(model: nn.Module) -> list[FusedWeight]:
 def fused_targets(config: TargetConfig, model: nn.Module) -> dict[FusedWeight, list[str]]:
     """Return the fused weights that a config asks for, each with those of their layers that it leaves out.
 
-    Args:
-        config: A tuner's config. `target_modules` asks for all weights if it is None or "all-linear", else for those
-            whose layers it matched before they were fused. Exclusions and `layers_to_transform` hold.
-        model: The model.
+    `target_modules` asks for all weights if it is None or "all-linear", else for those whose layers it matched before
+    they were fused. Exclusions and `layers_to_transform` hold.
     """
     asked: dict[FusedWeight, list[str]] = {}
     for weight in fused_weights(model):

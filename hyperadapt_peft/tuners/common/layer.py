@@ -23,9 +23,6 @@ class AdapterWeight(nn.Module):
     """A trained tensor of an adapter, at first of zeros.
 
     It is a module so that FSDP, ZeRO and offloading, which act on modules' forwards, see it.
-
-    Args:
-        *shape (`int`): Its shape.
     """
 
     def __init__(self, *shape: int) -> None:

@@ -49,12 +49,8 @@ def check_tensors(
 ) -> None:
     """Check that `given` has the names and shapes of `required`, is finite, and writes to nothing but them and `optional`.
 
-    Finite means: in the dtype of the model, so what would overflow there is refused; any finite number is allowed.
-
-    Args:
-        required: The adapter's tensors in the model.
-        given: The tensors to be loaded into them.
-        optional: Other tensors of the model that a file may hold.
+    `required` and `optional` are the model's tensors. Finite means: in the model's dtype, so what would overflow there
+    is refused; any finite number is allowed.
 
     Raises:
         RuntimeError: A tensor has another shape; the message names it.
@@ -186,10 +182,7 @@ def taken_names(model: nn.Module, layer_cls: type[BaseTunerLayer], modules_to_sa
 def remove_adapter(model: nn.Module, adapter_name: str, trainable: Collection[str] = ()) -> None:
     """Remove an adapter that is not active, and the layers and wrappers that are around nothing without it.
 
-    Args:
-        model (`nn.Module`): The adapted model.
-        adapter_name (`str`): The adapter.
-        trainable (`Collection[str]`): The names of the base model's parameters to be trainable if no adapter is left.
+    `trainable` are the names of the base model's parameters to be trainable if no adapter is left.
     """
     configs: Any = model.peft_config
     del configs[adapter_name]

@@ -46,11 +46,7 @@ class AtomicMerging(BaseTuner):
 
 
 def merge_layers(model: nn.Module, adapter_names: Optional[list[str]], safe_merge: bool) -> None:
-    """Merge adapters in all tuner layers of a model, of whatever method, or on an error in none.
-
-    Raises:
-        ValueError: As `check_merge`, or if a weight does not keep what is merged into it.
-    """
+    """Merge adapters in all tuner layers of a model, of whatever method, or on an error in none."""
     check_merge(model, adapter_names, safe_merge)
     layers = tuner_layers(model)
     before = [list(layer.merged_adapters) for layer in layers]
@@ -98,7 +94,8 @@ def _check_not_shared(model: nn.Module, layers: list[TargetLayer]) -> None:
 
     Merging into the one would change what the other computes. Quantized weights are replaced and not changed.
     """
-    readers, places, outermost = defaultdict(list), {}, {}
+    readers, outermost = defaultdict(list), {}
+    places: dict[str, nn.Module] = {}
     for key, module in named_modules_around_adapters(model, remove_duplicate=False):
         name = without_wrappers(key)
         place = places.setdefault(name, module)  # a tuner layer, or the outermost of several, and what is inside

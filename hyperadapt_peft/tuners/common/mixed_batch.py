@@ -113,9 +113,9 @@ _call: ContextVar[Optional[_Call]] = ContextVar("adapter_names", default=None)
 
 @contextmanager
 def adapter_names_hooks(
-    model: nn.Module, adapter_names: Optional[list[str]], tuner: BaseTuner, kwargs: dict[str, Any]
+    tuner: BaseTuner, adapter_names: Optional[list[str]], kwargs: dict[str, Any]
 ) -> Iterator[None]:
-    """While it is open, give every tuner layer its samples' adapter names.
+    """While it is open, give every tuner layer its samples' adapter names, `"__base__"` for none; or nothing if `None`.
 
     Generation repeats each input for its beams or return sequences, but not in an encoder; the names are repeated
     where the inputs were. In training each sample's gradient goes to its own adapter, under transformers' gradient
@@ -123,12 +123,6 @@ def adapter_names_hooks(
 
     Several threads may call one model, each with names of its own or without, while another thread adds adapters, or
     deletes adapters that no running call names.
-
-    Args:
-        model (`nn.Module`): The adapted model.
-        adapter_names (`Optional[list[str]]`): One name per sample, `"__base__"` for none; nothing happens if `None`.
-        tuner (`BaseTuner`): The tuner that adapts the model.
-        kwargs (`dict`): The arguments of the forward or generate call.
 
     Raises:
         TypeError: If `adapter_names` is not a list or tuple of str.
@@ -143,6 +137,7 @@ def adapter_names_hooks(
         raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
     if unknown := set(adapter_names) - {BASE, *tuner.peft_config}:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+    model = tuner.model
     copies = _copies_in_generation(model, kwargs)
     call = _Call(BatchNames(adapter_names), BatchNames(name for name in adapter_names for _ in range(copies)))
     modules = list(modules_around_adapters(model))

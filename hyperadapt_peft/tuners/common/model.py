@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar, Optional, Union
@@ -182,11 +181,8 @@ class TargetModel(AtomicInjection, AtomicMerging):
                 unpack(module)
         return super().train(mode)
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names = kwargs.pop("adapter_names", None)
-        with adapter_names_hooks(self.model, names, self, kwargs):
-            yield
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        return adapter_names_hooks(self, kwargs.pop("adapter_names", None), kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]

@@ -26,9 +26,6 @@ class MergedQuantizedWeight:
     """What a layer has merged into a quantized weight.
 
     Backends replace the weight, or the layer, by new objects: the old ones stay valid and need no copy.
-
-    Args:
-        layer ([`TargetLayer`]): The layer; nothing is merged yet.
     """
 
     def __init__(self, layer: TargetLayer) -> None:
@@ -79,10 +76,8 @@ class MergedQuantizedWeight:
 def quantization_backend(layer: nn.Module, **kwargs: Any) -> Optional[QuantizationBackend]:
     """Return what handles the layer's quantized weight, or None if it is not quantized.
 
-    Args:
-        layer (`nn.Module`): A base layer.
-        **kwargs: What PEFT's `get_quantization_kwargs` found on the model. Of weights that torchao's `quantize_` has
-            quantized that is nothing: they cannot be quantized again, and not be merged into.
+    `kwargs` are what PEFT's `get_quantization_kwargs` found on the model. Of weights that torchao's `quantize_` has
+    quantized that is nothing: they cannot be quantized again, and not be merged into.
     """
     again = kwargs.get("get_apply_tensor_subclass")
     backend = resolve_quantization_backend(layer, get_apply_tensor_subclass=again or (lambda: None))

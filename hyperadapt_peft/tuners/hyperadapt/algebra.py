@@ -1,6 +1,6 @@
 """Adding, interpolating and inverting adapters, as pure functions of their scales' offsets from 1.
 
-An adapter scales one weight by `a` (rows) and `b` (columns). `(c a, b / c)` is the same update for every c != 0, so what
+An adapter scales a weight by `a` (rows) and `b` (columns). `(c a, b / c)` is the same update for every c != 0, so what
 is not the same in every gauge is computed in a canonical one. All of it is done in float64 and rounded once.
 """
 
@@ -18,10 +18,10 @@ COMBINATION_TYPES = ("linear", "log", "product")
 
 
 def combine(adapters: Sequence[Offsets], weights: Sequence[float], combination_type: str) -> Offsets:
-    """Return the weighted combination of adapters of one weight.
+    """Return the weighted combination of adapters.
 
     Args:
-        adapters: Each adapter's offsets (n,) and (m,).
+        adapters: Each adapter's offsets (n,) and (m,), or (E, n) and (E, m) of E weights.
         weights: One weight per adapter. An adapter of weight 0 has no influence.
         combination_type: `"linear"`: `1 + sum w_k d_k`, in the canonical gauge. `"log"`: `prod (1 + d_k) ** w_k`.
             `"product"`: `prod (1 + w_k d_k)`, the adapters active together, each at the strength w_k.
@@ -65,15 +65,16 @@ def invert(offset: Optional[Tensor]) -> Optional[Tensor]:
 
 
 def gauge(row: Tensor, column: Tensor) -> Tensor:
-    """Return c such that `(c a, b / c)` is canonical: equal geometric means, and most of a positive.
+    """Return c (..., 1) such that `(c a, b / c)` is canonical: equal geometric means, and most of a positive.
 
     Args:
-        row: The offsets of a, (n,). Zero scales do not count.
-        column: The offsets of b, (m,), likewise.
+        row: The offsets of a, (..., n). Zero scales do not count.
+        column: The offsets of b, (..., m), likewise.
     """
     a, b = 1 + row, 1 + column
-    means = [x[x != 0].abs().log().mean().nan_to_num() for x in (a, b)]
-    sign = 1 - 2 * (a.sign().sum() < 0).to(a.dtype)
+    logarithms = (torch.where(x == 0, torch.nan, x.abs().log()) for x in (a, b))
+    means = [x.nanmean(-1, keepdim=True).nan_to_num() for x in logarithms]
+    sign = 1 - 2 * (a.sign().sum(-1, keepdim=True) < 0).to(a.dtype)
     return sign * torch.exp((means[1] - means[0]) / 2)
 
 
@@ -90,7 +91,7 @@ def _linear(
     gauges = [gauge(row, column) if both else one for (row, _), (column, _) in zip(rows, columns, strict=True)]
     total = sum(weight for _, weight in rows)
     # back to the adapters' own gauge where they share one, so that a single adapter comes back as it was
-    back = torch.stack([c.abs().log() * w for c, (_, w) in zip(gauges, rows, strict=True)] or [one * 0]).sum()
+    back = torch.stack([c.abs().log() * w for c, (_, w) in zip(gauges, rows, strict=True)] or [one * 0]).sum(0)
     back = torch.exp(back / total) if total else one
     row = sum((w * (c * (1 + d) - 1) for c, (d, w) in zip(gauges, rows, strict=True)), start=one * 0)
     column = sum((w * ((1 + d) / c - 1) for c, (d, w) in zip(gauges, columns, strict=True)), start=one * 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from threading import RLock
 from typing import Any, Optional
 from weakref import WeakKeyDictionary
@@ -11,10 +10,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.func import functional_call
-from transformers.pytorch_utils import Conv1D
 
 from ..common.mixed_batch import BatchNames
-from .algebra import Offsets
 from .config import HyperAdaptConfig
 from .layer import HyperAdaptLayer
 
@@ -65,9 +62,9 @@ class ParamWrapper(HyperAdaptLayer):
 
     @property
     def is_transposed(self) -> bool:
-        module = self.get_base_layer()
         if not self.stack_shape:
-            return isinstance(module, Conv1D)
+            return super().is_transposed
+        module = self.get_base_layer()
         return getattr(module, "is_transposed", type(module).__name__ in _TRANSPOSED)
 
     def base_sizes(self) -> tuple[int, int]:
@@ -117,20 +114,6 @@ class ParamWrapper(HyperAdaptLayer):
             for side, size in zip(sides, (shape[:2], shape[::2]), strict=True)
         )
         return ScaledMatrices.apply(weight.reshape(shape), a, b).reshape(weight.shape)
-
-    def scale_weight(self, weight: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-        return super().scale_weight(weight, *((column, row) if self.is_transposed else (row, column)))
-
-    def combined_offsets(self, adapter_names: list[str], combine: Callable[[list[Offsets]], Offsets]) -> Offsets:
-        if not self.stack_shape:
-            return super().combined_offsets(adapter_names, combine)
-        adapters = [self.get_offsets(name) for name in adapter_names]
-        experts = [
-            combine([(None if a is None else a[i], None if b is None else b[i]) for a, b in adapters])
-            for i in range(*self.stack_shape)
-        ]
-        row, column = (None if side[0] is None else torch.stack(side) for side in zip(*experts, strict=True))
-        return row, column
 
     def mixed_batch_forward(self, x: torch.Tensor, names: BatchNames, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Optional
 
@@ -43,6 +42,11 @@ class HyperAdaptLayer(TargetLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the weight is stored as (m, n)."""
+        return isinstance(self.get_base_layer(), Conv1D)
+
     def update_layer(self, adapter_name: str, config: HyperAdaptConfig) -> None:
         """Add an adapter, at the identity unless `config.init_weights` is False."""
         self.scaling[adapter_name] = 1.0
@@ -64,16 +68,12 @@ class HyperAdaptLayer(TargetLayer):
                 nn.init.normal_(scales[adapter_name].get_parameter("weight"), std=std)
 
     def get_offsets(self, adapter_name: str) -> Offsets:
-        """Return an adapter's offsets `alpha * d` of rows (n,) and columns (m,), detached; None where it has none."""
+        """Return an adapter's offsets `alpha * d` of rows (..., n) and columns (..., m), detached; None where it has none."""
         row, column = (
             self.hyperadapt_alpha[adapter_name] * scales[adapter_name]().detach() if adapter_name in scales else None
             for scales in (self.hyperadapt_row, self.hyperadapt_column)
         )
         return row, column
-
-    def combined_offsets(self, adapter_names: list[str], combine: Callable[[list[Offsets]], Offsets]) -> Offsets:
-        """Return what a function of `algebra` makes of the offsets of some adapters."""
-        return combine([self.get_offsets(name) for name in adapter_names])
 
     def add_offsets(
         self,
@@ -149,6 +149,8 @@ class HyperAdaptLayer(TargetLayer):
 
     def scale_weight(self, weight: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Return `weight` with its rows times `row` and its columns times `column`."""
+        if self.is_transposed:
+            row, column = column, row
         return weight * row[..., :, None] * column[..., None, :]
 
     def adapted_weight(self, weight: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
@@ -206,11 +208,6 @@ class Linear(HyperAdaptLayer):
             bias = self.base_layer(torch.zeros_like(x[:1]), *args, **kwargs).detach()
             bias = bias.movedim(bias.dim() - 1 - self.channel_dims, -1).reshape(-1, self.out_features)[0]
         return bias
-
-    def scale_weight(self, weight: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.get_base_layer(), Conv1D):  # stored as m x n
-            row, column = column, row
-        return super().scale_weight(weight, row, column)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True

@@ -172,7 +172,7 @@ class HyperAdaptModel(TargetModel):
         for key, layer in self.model.named_modules():
             if isinstance(layer, HyperAdaptLayer) and layer._get_available_adapters() & set(adapters):
                 try:
-                    results[key] = layer.combined_offsets(adapters, combine)
+                    results[key] = combine([layer.get_offsets(name) for name in adapters])
                 except ValueError as exc:
                     raise ValueError(f"{key}: {exc}") from None
 

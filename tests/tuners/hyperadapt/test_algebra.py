@@ -81,7 +81,7 @@ def test_the_gauge_does_not_matter(c):
         for weights in ([0.5, 0.5], [1.0, 1.0], [1.0, -0.5], [0.3, 0.0]):
             expected = update(combine([one, two], weights, kind))
             torch.testing.assert_close(update(combine([moved, two], weights, kind)), expected)
-    torch.testing.assert_close(gauge(*one) / gauge(*moved), torch.tensor(c))
+    torch.testing.assert_close(gauge(*one) / gauge(*moved), torch.tensor([c]))
 
 
 def test_log_is_the_geometric_mean_and_product_is_both_at_once():
