@@ -103,14 +103,12 @@ class TargetLayer(nn.Module, BaseTunerLayer):
     def scale_layer(self, scale: float) -> None:
         """Multiply the active adapters' strengths by `scale`."""
         for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] *= scale
+            self.set_scale(name, self.scaling.get(name, 1.0) * scale)
 
     def unscale_layer(self, scale: Optional[float] = None) -> None:
         """Divide the active adapters' strengths by `scale`, or with None set them to 1 again."""
         for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
+            self.set_scale(name, 1.0 if scale is None else self.scaling.get(name, 1.0) / scale)
 
     def adapted_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output with the active adapters."""

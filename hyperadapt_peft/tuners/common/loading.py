@@ -151,11 +151,8 @@ class AtomicInjection(BaseTuner):
         layer_cls = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)].tuner_layer_cls
         saved = getattr(config, "modules_to_save", None) or ()
         check_adapter_name(adapter_name, taken_names(model, layer_cls, saved))
-        if isinstance(config, TargetConfig) and config.trainable_before is not None:
-            first = len(self.peft_config) == 1  # another's removal does not make the base model trainable
-            config.trainable_before = (
-                {name for name, p in model.named_parameters() if p.requires_grad} if first else set()
-            )
+        if isinstance(config, TargetConfig) and config.trainable_before is not None and len(self.peft_config) == 1:
+            config.trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
         try:
             with all_or_nothing(model):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)

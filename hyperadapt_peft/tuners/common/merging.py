@@ -26,7 +26,26 @@ class AtomicMerging(BaseTuner):
                 merged into, or with `safe_merge` if a merged weight would not be finite.
         """
         self._check_merge_allowed()
-        merge_layers(self.model, adapter_names, safe_merge)
+        check_merge(self.model, adapter_names, safe_merge)
+        layers = self._tuner_layers()
+        before = [list(layer.merged_adapters) for layer in layers]
+        try:
+            for layer in layers:
+                with onload_layer(layer):
+                    layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        except Exception:
+            for layer, names in zip(reversed(layers), reversed(before), strict=True):
+                if layer.merged_adapters != names:
+                    with onload_layer(layer):
+                        layer.unmerge()
+                        if names:
+                            layer.merge(adapter_names=names)
+            raise
+
+    def _tuner_layers(self) -> list[BaseTunerLayer]:
+        """Return the tuner layers, of whatever method; what is inside a layer, and part of the weight it adapts, first."""
+        layers = [module for module in modules_around_adapters(self.model) if isinstance(module, BaseTunerLayer)]
+        return list(reversed(layers))
 
     def _unload_and_optionally_merge(
         self,
@@ -37,36 +56,12 @@ class AtomicMerging(BaseTuner):
     ) -> None:  # PEFT's annotation; it returns the model
         if merge:
             check_merge(self.model, adapter_names, safe_merge)
-            for layer in reversed(tuner_layers(self.model)):
+            for layer in self._tuner_layers():
                 third = getattr(getattr(layer, "base_layer", None), "base_layer", None)
                 # of a PeftMixedModel, where PEFT would merge the second before it; parameters' wrappers unload themselves
                 if isinstance(third, BaseTunerLayer) and not hasattr(third, "unload_and_optionally_merge_module"):
                     third.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-
-
-def merge_layers(model: nn.Module, adapter_names: Optional[list[str]], safe_merge: bool) -> None:
-    """Merge adapters in all tuner layers of a model, of whatever method, or on an error in none."""
-    check_merge(model, adapter_names, safe_merge)
-    layers = tuner_layers(model)
-    before = [list(layer.merged_adapters) for layer in layers]
-    try:
-        for layer in reversed(layers):  # what is inside a layer is part of the weight that the layer adapts
-            with onload_layer(layer):
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-    except Exception:
-        for layer, names in zip(layers, before, strict=True):
-            if layer.merged_adapters != names:
-                with onload_layer(layer):
-                    layer.unmerge()
-                    if names:
-                        layer.merge(adapter_names=names)
-        raise
-
-
-def tuner_layers(model: nn.Module) -> list[BaseTunerLayer]:
-    """Return a model's tuner layers, of whatever method, those around others first."""
-    return [module for module in modules_around_adapters(model) if isinstance(module, BaseTunerLayer)]
 
 
 def check_merge(model: nn.Module, adapter_names: Optional[list[str]], safe_merge: bool) -> None:

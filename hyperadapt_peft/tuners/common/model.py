@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     set_adapter,
 )
-from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils import get_quantization_kwargs
 from torch import nn
 
 from .config import TargetConfig
@@ -32,7 +32,7 @@ from .loading import (
 )
 from .merging import AtomicMerging
 from .mixed_batch import adapter_names_hooks
-from .quantization import unpack
+from .quantization import quantization_backend, unpack
 from .targets import heads, outer_modules, refusal, save_heads, target_exactly
 
 
@@ -52,7 +52,7 @@ class TargetModel(AtomicInjection, AtomicMerging):
     @classmethod
     def layer_class_for(cls, base_layer: nn.Module) -> Optional[type[TargetLayer]]:
         """Return the tuner layer class for a base layer, or None if its kind is not supported."""
-        backend = resolve_quantization_backend(base_layer, get_apply_tensor_subclass=lambda: None)
+        backend = quantization_backend(base_layer)
         kind = nn.Linear if backend is not None and backend.layer_type == "linear" else type(base_layer)
         return next((cls.layer_classes[base] for base in kind.__mro__ if base in cls.layer_classes), None)
 

@@ -14,7 +14,6 @@ from typing import Any, Optional
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import resolve_quantization_backend
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.integrations.finegrained_fp8 import FP8Linear
@@ -22,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import TargetConfig
 from .layer import named_modules_around_adapters
+from .quantization import quantization_backend
 
 
 _KNOWN_LAYERS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, FP8Linear)
@@ -127,9 +127,8 @@ def has_known_forward(layer: nn.Module) -> bool:
     That it computes the same (Falcon's linear layers), or a multiple of it (Gemma's embeddings), is tried on a copy
     with a tiny weight.
     """
-    if type(layer).forward in _KNOWN_FORWARDS or type(layer).__module__.startswith("optimum.quanto."):
-        return True
-    if resolve_quantization_backend(layer, get_apply_tensor_subclass=lambda: None) is not None:
+    is_quantized = type(layer).__module__.startswith("optimum.quanto.") or quantization_backend(layer) is not None
+    if type(layer).forward in _KNOWN_FORWARDS or is_quantized:
         return True
     generator = torch.Generator().manual_seed(0)
     weight, bias, x = (torch.randn(size, generator=generator) for size in ((5, 7), (5,), (2, 3, 7)))
@@ -212,15 +211,18 @@ def _paths(function: ast.FunctionDef) -> dict[ast.expr, str]:
         return f"{start}.{node.attr if isinstance(node, ast.Attribute) else '*'}"
 
     for node in ast.walk(function):
-        if isinstance(node, (ast.Assign, ast.For)):
-            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            value = path(node.value if isinstance(node, ast.Assign) else node.iter)
-            if isinstance(target, ast.Name) and value:
-                variables[target.id] = value if isinstance(node, ast.Assign) else f"{value}.*"
-                named.add(node.value if isinstance(node, ast.Assign) else node.iter)
+        if isinstance(node, ast.Assign):
+            target, value, item = node.targets[0], node.value, ""
+        elif isinstance(node, ast.For):
+            target, value, item = node.target, node.iter, ".*"
+        else:
+            continue
+        if isinstance(target, ast.Name) and (start := path(value)):
+            variables[target.id] = start + item
+            named.add(value)
     loads = (ast.Attribute, ast.Name)
     nodes = [n for n in ast.walk(function) if isinstance(n, loads) and isinstance(n.ctx, ast.Load) and n not in named]
-    return {node: value for node in nodes if (value := path(node))}
+    return {node: found for node in nodes if (found := path(node))}
 
 
 def _uses_values(node: ast.expr, parents: dict[ast.AST, ast.AST]) -> bool:

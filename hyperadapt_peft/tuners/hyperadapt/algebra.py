@@ -18,14 +18,12 @@ COMBINATION_TYPES = ("linear", "log", "product")
 
 
 def combine(adapters: Sequence[Offsets], weights: Sequence[float], combination_type: str) -> Offsets:
-    """Return the weighted combination of adapters.
+    """Return the weighted combination of adapters, as `HyperAdaptModel.add_weighted_adapter` says.
 
     Args:
         adapters: Each adapter's offsets (n,) and (m,), or (E, n) and (E, m) of E weights.
         weights: One weight per adapter. An adapter of weight 0 has no influence.
-        combination_type: `"linear"`: `1 + sum w_k d_k`, in the canonical gauge. `"log"`: `prod (1 + d_k) ** w_k`.
-            `"product"`: `prod (1 + w_k d_k)`, the adapters active together, each at the strength w_k.
-            The first two give an adapter back for the weights (1, 0) or when it is averaged with itself.
+        combination_type: `"linear"`, in the canonical gauge, `"log"` or `"product"`.
 
     Raises:
         ValueError: If the type is unknown, or `"log"` meets scales that are zero or of different signs.
