@@ -31,10 +31,11 @@ def errors_about(key: str, source: str | None = None, *more: type[Exception]) ->
         source: the Hub id or the local path that is being loaded, if any.
         more: errors that are the user's here, beside those that libraries have for wrong values and files.
     """
+    expected: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, ImportError, *more)
     try:
         yield
     except RecipeError:
         raise
-    except (OSError, ValueError, TypeError, ImportError, *more) as error:
+    except expected as error:
         hint = "" if source is None or Path(source).exists() else "; a local directory works too"
         raise RecipeError(f"{key}: {first_line(error).rstrip('.')}{hint}") from error

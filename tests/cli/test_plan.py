@@ -28,10 +28,12 @@ TUNERS = {
     "IA3": {"peft_type": "IA3", "feedforward_modules": [], **LINEAR},
     "VeRA": {"peft_type": "VERA", **LINEAR},
     "MiSS": {"peft_type": "MISS", "r": 8, **LINEAR},
+    "tokens": {"peft_type": "HYPERADAPT", "trainable_token_indices": [1, 2]},
     "full": {"peft_type": "FULL"},
 }
 CASES = [("llama", "causal-lm", "float32", tuner) for tuner in TUNERS]
 CASES += [("llama", "causal-lm", "bfloat16", tuner) for tuner in ("HyperAdapt", "SURM", "LoRA", "full")]
+CASES += [("gpt2", "causal-lm", "float32", "tokens")]  # of an embedding that is tied to the head
 CASES += [("gpt2", "causal-lm", "float32", "HyperAdapt"), ("bert", "sequence-classification", "float32", "HyperAdapt")]
 CASES += [("vit", "image-classification", "float32", "HyperAdapt")]
 
