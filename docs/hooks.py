@@ -98,6 +98,78 @@ def paired(name: str, *references: str) -> str:
     return table(["method", *(f"beside {reference}, points" for reference in references)], lines)
 
 
+def chosen(task: str) -> dict[str, dict[int, dict[str, Any]]]:
+    """Method -> seed -> run of a task of `benchmarks.quality`, at the rate with the best mean validation score."""
+    rates: dict[str, dict[float, dict[int, dict[str, Any]]]] = {}
+    for run in read(f"quality/{task}")["runs"]:
+        rates.setdefault(run["method"], {}).setdefault(run["learning_rate"], {})[run["seed"]] = run
+    return {
+        method: max(found.values(), key=lambda runs: statistics.mean(run["validation"] for run in runs.values()))
+        for method, found in rates.items()
+    }
+
+
+def difference(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) -> tuple[float, float] | None:
+    """The mean difference on test of the seeds that both have, in points, and half its 95 % interval."""
+    differences = [100 * (ours[seed]["test"] - theirs[seed]["test"]) for seed in ours.keys() & theirs.keys()]
+    if len(differences) < 2:
+        return None
+    half = T95[len(differences) - 1] * statistics.stdev(differences) / len(differences) ** 0.5
+    return statistics.mean(differences), half
+
+
+def quality(task: str) -> str:
+    """Methods of one task: scores in percent, and the differences to LoRA of equal and of eight times the size."""
+    methods = chosen(task)
+    lines = []
+    for method, runs in methods.items():
+        some = next(iter(runs.values()))
+        line = [method, f"{some['trainable_outside_head']:,}", f"{some['learning_rate']:g}", len(runs)]
+        line += [mean_and_error([run[split] for run in runs.values()]) for split in ("validation", "test")]
+        for reference in ("LoRA r=1", "LoRA r=8"):
+            found = difference(runs, methods[reference]) if method != reference and reference in methods else None
+            line.append("{:+.1f} ± {:.1f}".format(*found) if found else "")
+        lines.append(line)
+    header = ["method", "trained outside the head", "learning rate", "seeds", "validation, %", "test, %"]
+    return table([*header, "beside LoRA r=1", "beside LoRA r=8"], lines)
+
+
+def quality_summary(method: str) -> str:
+    """Where a method is ahead of LoRA, level with it (an interval that holds 0) and behind, task by task."""
+    lines = []
+    for task in quality_tasks():
+        methods = chosen(task)
+        line = [task]
+        for reference in ("LoRA r=1", "LoRA r=8"):
+            found = difference(methods[method], methods[reference]) if {method, reference} <= methods.keys() else None
+            if found is None:
+                line.append("")
+                continue
+            mean, half = found
+            word = "level" if abs(mean) <= half else "ahead" if mean > 0 else "behind"
+            line.append(f"{word}: {mean:+.1f} ± {half:.1f}")
+        lines.append(line)
+    return table(["task", "beside LoRA r=1, points", "beside LoRA r=8, points"], lines, left=3)
+
+
+def quality_tasks() -> list[str]:
+    """The tasks that have results."""
+    return sorted(path.stem for path in (RESULTS / "quality").glob("*.json"))
+
+
+def quality_rates(task: str, method: str) -> str:
+    """A method's scores at each learning rate."""
+    rates: dict[float, list[dict[str, Any]]] = {}
+    for run in read(f"quality/{task}")["runs"]:
+        if run["method"] == method:
+            rates.setdefault(run["learning_rate"], []).append(run)
+    lines = [
+        [f"{rate:g}", len(runs), *(mean_and_error([run[split] for run in runs]) for split in ("validation", "test"))]
+        for rate, runs in sorted(rates.items())
+    ]
+    return table(["learning rate", "seeds", "validation, %", "test, %"], lines)
+
+
 def bench(name: str = "bench/bench") -> str:
     """Speed and memory of a training step."""
     mebi = 2**20
@@ -231,6 +303,6 @@ FUNCTIONS = {
     function.__name__: function
     for function in (
         approximation, bench, command_line, comparison, conformance, forgetting, fuzz, include, mixed_batch, paired, patches,
-        ranks, skips, sweep, value, versions, vllm,
+        quality, quality_rates, quality_summary, ranks, skips, sweep, value, versions, vllm,
     )
 }  # fmt: skip
