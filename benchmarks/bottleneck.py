@@ -56,12 +56,9 @@ class Linear(TargetLayer):
 class BottleneckModel(TargetModel):
     prefix = "bottleneck_"
     tuner_layer_cls = Linear
+    layer_classes = {nn.Linear: Linear}  # noqa: RUF012
     supported_layers = "`torch.nn.Linear`"
     default_targets = SurmModel.default_targets
-
-    @staticmethod
-    def layer_class_for(base_layer: nn.Module) -> type[Linear] | None:
-        return Linear if isinstance(base_layer, nn.Linear) else None
 
 
 register_peft_type("bottleneck", BottleneckConfig, BottleneckModel, Linear)

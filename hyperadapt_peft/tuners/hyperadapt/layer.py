@@ -210,7 +210,7 @@ class Linear(HyperAdaptLayer):
         return bias
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        return self.channel_dims == 0  # not of convolutions
 
 
 class Conv(Linear):
@@ -226,9 +226,6 @@ class Conv(Linear):
         groups = conv.groups  # the weight is n x (m / groups) x kernel
         column = column.reshape(groups, -1).repeat_interleave(self.out_features // groups, dim=0)
         return (weight.flatten(2) * row[:, None, None] * column[:, :, None]).reshape(weight.shape)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
 
 
 class Embedding(HyperAdaptLayer):
