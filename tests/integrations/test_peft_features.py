@@ -203,45 +203,45 @@ def test_bias_is_trained_on_request():
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("sides", "rows", "`sides` must be Literal['both', 'row', 'column'], not 'rows'"),
+        ("sides", "rows", "`sides` must be one of ('both', 'row', 'column'), not 'rows'"),
         ("bias", "lora_only", "`bias` must be one of ('none', 'all', 'hyperadapt_only'), not 'lora_only'"),
         ("init_weights", "gaussian", "`init_weights` must be bool, not 'gaussian'"),
         ("init_weights", 1, "`init_weights` must be bool, not 1"),
         (
             "target_modules",
             3,
-            "`target_modules` must be Union[list[str], tuple[str, ...], set[str], str, NoneType], not 3",
+            "`target_modules` must be list[str] or tuple[str, ...] or set[str] or str or None, not 3",
         ),
         (
             "target_modules",
             [3],
-            "`target_modules` must be Union[list[str], tuple[str, ...], set[str], str, NoneType], not [3]",
+            "`target_modules` must be list[str] or tuple[str, ...] or set[str] or str or None, not [3]",
         ),
         (
             "exclude_modules",
             {"a": 1},
-            "`exclude_modules` must be Union[list[str], tuple[str, ...], set[str], str, NoneType], not {'a': 1}",
+            "`exclude_modules` must be list[str] or tuple[str, ...] or set[str] or str or None, not {'a': 1}",
         ),
         (
             "modules_to_save",
             "score",
-            "`modules_to_save` must be Union[list[str], tuple[str, ...], set[str], NoneType], not 'score'",
+            "`modules_to_save` must be list[str] or tuple[str, ...] or set[str] or None, not 'score'",
         ),
         (
             "layers_to_transform",
             "1",
-            "`layers_to_transform` must be Union[list[int], tuple[int, ...], set[int], int, NoneType], not '1'",
+            "`layers_to_transform` must be list[int] or tuple[int, ...] or set[int] or int or None, not '1'",
         ),
         (
             "layers_to_transform",
             [True],
-            "`layers_to_transform` must be Union[list[int], tuple[int, ...], set[int], int, NoneType], not [True]",
+            "`layers_to_transform` must be list[int] or tuple[int, ...] or set[int] or int or None, not [True]",
         ),
         ("layers_pattern", "h", "`layers_to_transform` must also be specified"),
         (
             "trainable_token_indices",
             {"embed": ["a"]},
-            "`trainable_token_indices` must be Union[list[int], tuple[int, ...], set[int], dict[str, ",
+            "`trainable_token_indices` must be list[int] or tuple[int, ...] or set[int] or dict[str, ",
         ),
     ],
 )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from inspect import formatannotation
-from typing import Any, Optional, Union, cast, get_type_hints
+from typing import Any, Literal, Optional, Union, cast, get_args, get_origin, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
 from peft.config import PeftConfig
@@ -130,14 +130,23 @@ class TargetConfig(PeftConfig):
 
 
 def check_types(config: PeftConfig) -> None:
-    """Raise TypeError for the first field whose value is not of its annotated type; a bool is no int here."""
+    """Refuse the first field whose value is not of its annotated type; a bool is no int here.
+
+    Raises:
+        TypeError: If the value is of another type.
+        ValueError: If it is none of the values of a `Literal`.
+    """
     types = get_type_hints(type(config))
     for name in (field.name for field in fields(config) if field.name not in ("peft_type", "task_type")):
         value = getattr(config, name)
         try:
             type_validator(name, value, types[name])
         except TypeError:
-            raise TypeError(f"`{name}` must be {formatannotation(types[name])}, not {value!r}.") from None
+            if get_origin(types[name]) is Literal:
+                raise ValueError(f"`{name}` must be one of {get_args(types[name])}, not {value!r}.") from None
+            kinds = get_args(types[name]) if get_origin(types[name]) is Union else [types[name]]
+            expected = " or ".join("None" if kind is type(None) else formatannotation(kind) for kind in kinds)
+            raise TypeError(f"`{name}` must be {expected}, not {value!r}.") from None
 
 
 def names_or_regex(value: Optional[Union[Names, str]], name: str) -> Union[set[str], str, None]:

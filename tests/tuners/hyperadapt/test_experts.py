@@ -628,5 +628,5 @@ def test_offloaded_experts_are_refused_rather_than_ignored(tmp_path):
 
 @pytest.mark.parametrize("value", ["w1", [1], 3])
 def test_target_parameters_is_a_list_of_names(value):
-    with pytest.raises(TypeError, match=r"`target_parameters` must be Optional\[list\[str\]\], not"):
+    with pytest.raises(TypeError, match=r"`target_parameters` must be list\[str\] or None, not"):
         HyperAdaptConfig(target_parameters=value)

@@ -313,9 +313,9 @@ def test_kronecker_is_lokr():
     [
         (
             {"structure": "hankel"},
-            r"`structure` must be Literal\['circulant', 'toeplitz', 'kronecker', 'ldr'\], not 'hankel'",
+            r"`structure` must be one of \('circulant', 'toeplitz', 'kronecker', 'ldr'\), not 'hankel'",
         ),
-        ({"placement": "attention"}, r"`placement` must be Literal\['parallel', 'sequential'\], not 'attention'"),
+        ({"placement": "attention"}, r"`placement` must be one of \('parallel', 'sequential'\), not 'attention'"),
         ({"r": 2}, "displacement rank of structure='ldr'"),
         ({"r": 0, "structure": "ldr"}, "`r` must be a positive integer"),
         ({"alpha": float("nan")}, "`alpha` must be a finite number"),
