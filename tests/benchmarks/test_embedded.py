@@ -58,7 +58,7 @@ def rows_of(name):
     """Split -> rows of a generated asset."""
     directory = embedded.prepare(name)
     files = {split: directory / f"{split}.jsonl" for split in ("train", "validation", "test")}
-    return {split: [json.loads(line) for line in file.open()] for split, file in files.items()}
+    return {split: [json.loads(line) for line in file.read_text().splitlines()] for split, file in files.items()}
 
 
 def test_sums_are_right_and_in_one_split_each():
