@@ -16,14 +16,20 @@ import gc
 import json
 import statistics
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
+from peft import PeftMixedModel, get_peft_model
 from tqdm import tqdm
-from transformers import logging
+from transformers import PreTrainedModel, logging
 
+from hyperadapt_peft import HyperAdaptConfig, SurmConfig
 from hyperadapt_peft.cli import recipe as recipes
+from hyperadapt_peft.cli import train as training
 from hyperadapt_peft.cli.train import train
 
 
@@ -34,10 +40,11 @@ LINEARS = {"target_modules": "all-linear"}
 
 
 class Method(NamedTuple):
-    """A method's `tuner` section, and the middle of the rates it begins with."""
+    """A method's `tuner` section, the middle of the rates it begins with, and a second adapter on the same layers."""
 
     tuner: dict[str, Any]
     rate: float
+    beside: dict[str, Any] | None = None
 
 
 METHODS = {
@@ -50,6 +57,9 @@ METHODS = {
     "RoAd": Method({"peft_type": "ROAD", **LINEARS}, 4e-3),
     "C3A": Method({"peft_type": "C3A", "block_size": 192, **LINEARS}, 4e-2),
     "full fine-tuning": Method({"peft_type": "FULL"}, 1e-4),
+    "HyperAdapt and biases": Method({"peft_type": "HYPERADAPT", "bias": "all"}, 2e-3),
+    "HyperAdapt and circulant": Method({"peft_type": "HYPERADAPT"}, 2e-3, {"structure": "circulant", "alpha": 5.0}),
+    "LoRA r=2": Method({"peft_type": "LORA", "r": 2, **LINEARS}, 2e-3),
     "SURM circulant": Method({"peft_type": "SURM", "structure": "circulant", **LINEARS}, 1e-2),
 }
 ENCODER = {
@@ -230,7 +240,7 @@ def run(task: str, method: str, rate: float, seed: int) -> dict[str, Any]:
     """Train and evaluate once, in this process."""
     values = recipe_of(task)
     values["tuner"] = copy.deepcopy(METHODS[method].tuner)
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, both(METHODS[method].beside):
         values["training"] |= {"learning_rate": rate, "seed": seed, "output_dir": directory}
         result = train(recipes.check(values))
     gc.collect()
@@ -244,6 +254,25 @@ def run(task: str, method: str, rate: float, seed: int) -> dict[str, Any]:
         "trainable_outside_head": result["parameters"]["trainable_outside_head"],
         "seconds": round(result["seconds"]["train"], 1),
     }
+
+
+@contextmanager
+def both(config: dict[str, Any] | None) -> Iterator[None]:
+    """With a config, let `train` add a SURM adapter of it to a HyperAdapt, both active and trained, and save neither."""
+    if config is None:
+        yield
+        return
+
+    def adapted(recipe: recipes.Recipe, model: PreTrainedModel) -> PeftMixedModel:
+        mixed = get_peft_model(model, HyperAdaptConfig(), mixed=True)
+        mixed.add_adapter("surm", SurmConfig(**config))
+        mixed.set_adapter(["default", "surm"])
+        for head in training._head(recipe, model):
+            model.get_submodule(head).requires_grad_(True)
+        return mixed
+
+    with patch.multiple(training, _adapted=adapted, _save=lambda *args: None):  # PEFT saves no mixed models
+        yield
 
 
 def main() -> None:
