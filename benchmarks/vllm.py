@@ -37,13 +37,16 @@ METHODS = {
 }
 
 
-def save_adapters(model: str, directory: Path, count: int) -> None:
-    """Save that many directories of each method; the values, which change no timing, are the same."""
+def save_adapters(model: str, directory: Path, count: int) -> dict[str, int]:
+    """Save that many directories of each method, with the same values, which change no timing; return bytes per slot."""
+    sizes = {}
     for method, config in METHODS.items():
         adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config())
         adapted.save_pretrained(directory / method / "0")
+        sizes[method] = 2 * sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
         for i in range(1, count):
             (directory / method / str(i)).symlink_to(directory / method / "0")
+    return sizes
 
 
 class Engine:
@@ -62,10 +65,6 @@ class Engine:
         self.processes = set(psutil.Process().children(recursive=True)) - before
         self.seconds_to_start = self.processor_time()
         self.memory = sum(process.memory_info().rss for process in self.processes)
-
-    def stop(self) -> None:
-        self.llm.llm_engine.engine_core.shutdown()
-        psutil.wait_procs(self.processes)
 
     def processor_time(self) -> float:
         return sum(sum(process.cpu_times()[:2]) for process in self.processes)
@@ -103,12 +102,12 @@ def main() -> int:
         for count in args.slots:
             engine = Engine(args.model, method, count)
             started.append((method, count, engine))
-            engine.stop()
+            engine.llm.llm_engine.engine_core.shutdown()
             print(method, count, f"slots: {engine.seconds_to_start:.1f} s, {engine.memory / 1e6:.0f} MB", flush=True)
 
     slots = max(*args.adapters, 1)
     with tempfile.TemporaryDirectory() as temporary:
-        save_adapters(args.model, Path(temporary), slots)
+        sizes = save_adapters(args.model, Path(temporary), slots)
         engines = {method: Engine(args.model, method, slots) for method in (None, *args.methods)}
         started += [(method, slots if method else 0, engine) for method, engine in engines.items()]
         variants = [(None, 0), *((method, count) for method in args.methods for count in args.adapters)]
@@ -136,6 +135,7 @@ def main() -> int:
         "machine": f"{platform.machine()}, 1 thread of {os.cpu_count()}, load {os.getloadavg()[0]:.0f}",
         "rounds": args.rounds,
         "slots": slots,
+        "bytes per slot": {method: sizes[method] for method in args.methods},
         "variants": [
             {
                 "method": method or "no adapters enabled",

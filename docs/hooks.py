@@ -275,6 +275,13 @@ def vllm(name: str) -> str:
     )
 
 
+def vllm_slots(name: str) -> str:
+    """Start and memory of the engine by its number of slots."""
+    rows = [row for row in read(name)["engines"] if row["method"] != "no adapters enabled"]
+    lines = [[row["slots"], f"{row['seconds to start']:.3g}", f"{row['bytes of memory'] / 1e6:,.0f}"] for row in rows]
+    return table(["slots", "start, s", "memory, MB"], lines[:-1])  # the last is what the requests ran on
+
+
 def include(name: str) -> str:
     """A page of the repository's top level; its links to files become code."""
     text = (ROOT / name).read_text()
@@ -303,6 +310,6 @@ FUNCTIONS = {
     function.__name__: function
     for function in (
         approximation, bench, command_line, comparison, conformance, forgetting, fuzz, include, mixed_batch, paired, patches,
-        quality, quality_rates, quality_summary, ranks, skips, sweep, value, versions, vllm,
+        quality, quality_rates, quality_summary, ranks, skips, sweep, value, versions, vllm, vllm_slots,
     )
 }  # fmt: skip
