@@ -157,6 +157,15 @@ def quality_tasks() -> list[str]:
     return sorted(path.stem for path in (RESULTS / "quality").glob("*.json"))
 
 
+def quality_tables() -> str:
+    """The table of every task that has results, with its command."""
+    parts = []
+    for task in quality_tasks():
+        command = read(f"quality/{task}")["command"]
+        parts.append(f"### {task}\n\n```bash\n{command}\n```\n\n{quality(task)}")
+    return "\n\n".join(parts)
+
+
 def quality_rates(task: str, method: str) -> str:
     """A method's scores at each learning rate."""
     rates: dict[float, list[dict[str, Any]]] = {}
@@ -310,6 +319,7 @@ FUNCTIONS = {
     function.__name__: function
     for function in (
         approximation, bench, command_line, comparison, conformance, forgetting, fuzz, include, mixed_batch, paired, patches,
-        quality, quality_rates, quality_summary, ranks, skips, sweep, value, versions, vllm, vllm_slots,
+        quality, quality_rates, quality_summary, quality_tables, ranks, skips, sweep, value, versions, vllm,
+        vllm_slots,
     )
 }  # fmt: skip

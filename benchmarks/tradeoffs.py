@@ -1,0 +1,107 @@
+"""`python -m benchmarks.tradeoffs`: quality against size and against cost, from the committed results.
+
+Writes benchmarks/results/quality/size.png, a panel for each task of `benchmarks.quality`, and cost.png: the mean over the
+tasks of the difference to LoRA r=8 against a training step's time, of `hyperadapt bench`.
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+
+RESULTS = Path(__file__).parent / "results"
+# a method of `benchmarks.quality` -> its row of `hyperadapt bench`
+ROWS = {
+    "HyperAdapt": "hyperadapt", "LoRA r=8": "lora-r8", "IA3": "ia3", "full fine-tuning": "full", "VeRA": "vera-r256",
+    "RoAd": "road", "C3A": "c3a", "SURM circulant": "surm-circulant",
+}  # fmt: skip
+COLOURS = {
+    "HyperAdapt": "#d9552b", "LoRA r=1": "#3b6fb6", "LoRA r=2": "#5c8fd0", "LoRA r=8": "#1c3f70", "IA3": "#4a9d5b",
+    "full fine-tuning": "#444444", "SURM circulant": "#b08900", "HyperAdapt and biases": "#f0936f",
+    "HyperAdapt and circulant": "#8a4fa3", "MiSS r=1": "#7b6f64", "VeRA": "#c06c9b", "RoAd": "#2fa3a3", "C3A": "#9aa53b",
+}  # fmt: skip
+
+
+def chosen(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Method -> the runs at its rate of the best mean validation score."""
+    rates: dict[str, dict[float, list[dict[str, Any]]]] = {}
+    for run in results["runs"]:
+        rates.setdefault(run["method"], {}).setdefault(run["learning_rate"], []).append(run)
+    return {
+        method: max(found.values(), key=lambda runs: statistics.mean(run["validation"] for run in runs))
+        for method, found in rates.items()
+    }
+
+
+def draw_size(tasks: dict[str, dict[str, list[dict[str, Any]]]]) -> Figure:
+    columns = min(3, len(tasks))
+    lines = -(-len(tasks) // columns)
+    figure = Figure(figsize=(8, 2.5 * lines + 0.6), dpi=150, layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes, (task, methods) in zip(panels, tasks.items(), strict=False):
+        for method, runs in methods.items():
+            scores = [100 * run["test"] for run in runs]
+            error = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0
+            size = runs[0]["trainable_outside_head"]
+            axes.errorbar(
+                size, statistics.mean(scores), error, fmt="o", capsize=3, color=COLOURS[method], label=method
+            )
+        axes.set(xscale="log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_title(task, fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.margins(0.12)
+    for axes in panels[len(tasks) :]:
+        axes.axis("off")
+    figure.supxlabel("trained parameters outside the head", fontsize=10)
+    figure.supylabel("test, % (mean, standard error)", fontsize=10)
+    labels: dict[str, Any] = {}
+    for axes in panels:
+        handles, names = axes.get_legend_handles_labels()
+        labels |= dict(zip(names, handles, strict=True))
+    figure.legend(labels.values(), labels.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def draw_cost(tasks: dict[str, dict[str, list[dict[str, Any]]]], rows: dict[str, dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(8, 3.6), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for method, row in ROWS.items():
+        differences = [
+            100
+            * (
+                statistics.mean(run["test"] for run in methods[method])
+                - statistics.mean(run["test"] for run in methods["LoRA r=8"])
+            )
+            for methods in tasks.values()
+            if method in methods and "LoRA r=8" in methods
+        ]
+        if differences:
+            axes.plot(
+                rows[row]["step_ratio"],
+                statistics.mean(differences),
+                "o",
+                color=COLOURS[method],
+                label=f"{method} ({len(differences)} tasks)",
+            )
+    axes.set(xlabel="training step, x the frozen model's", ylabel="test beside LoRA r=8, points")
+    axes.axhline(0, color="#999", linewidth=1)
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    return figure
+
+
+def main() -> None:
+    files = sorted((RESULTS / "quality").glob("*.json"))
+    tasks = {file.stem: chosen(json.loads(file.read_text())) for file in files}
+    rows = {row["method"]: row for row in json.loads((RESULTS / "bench" / "bench.json").read_text())["rows"]}
+    draw_size(tasks).savefig(RESULTS / "quality" / "size.png")
+    draw_cost(tasks, rows).savefig(RESULTS / "quality" / "cost.png")
+
+
+if __name__ == "__main__":
+    main()
