@@ -6,7 +6,7 @@
 SmolLM2-135M in bfloat16, 64 requests of 32 tokens that each get 16 more, spread evenly over the loaded adapters (512
 loaded are 64 distinct ones in a batch), and single requests of 128 tokens for the time to the first token. All engines
 live at once, each in a process of its own with one thread, and are measured in turn. The numbers are seconds of the
-engine's processor time, the least of the rounds: what else a shared machine does only adds to them. With --slots, engines
+process' processor time, the least of the rounds: what else a shared machine does only adds to them. With --slots, engines
 of so many slots are first started one after the other, for the memory and the start of each. On CPUs vLLM's LoRA gathers
 whole matrices for each token, on GPUs it has kernels: LoRA's rates here say nothing about GPUs. `make test-vllm` sets up
 the environment. Writes benchmarks/results/vllm.json.
@@ -18,6 +18,9 @@ import os
 import platform
 import sys
 import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
@@ -50,35 +53,46 @@ def save_adapters(model: str, directory: Path, count: int) -> dict[str, int]:
 
 
 class Engine:
-    """A vLLM engine in a process of its own, and the processor time that process has taken."""
+    """A vLLM engine in a process of its own, which is given all requests of a batch before it begins."""
 
-    def __init__(self, model: str, method: str | None, slots: int) -> None:
-        from vllm import LLM
+    def __init__(self, *settings) -> None:
+        self.process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        self.seconds_to_start, self.memory = self.call(start, *settings)
 
-        before = set(psutil.Process().children(recursive=True))
-        settings: dict = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": REQUESTS, "seed": 0}
-        if method is not None:
-            rank = 8 if method == "LoRA r=8" else 1
-            settings |= {"enable_lora": True, "max_loras": slots, "max_lora_rank": rank}
-            settings["additional_config"] = {"hyperadapt": True} if method == "HyperAdapt" else {}
-        self.llm = LLM(model, dtype="bfloat16", skip_tokenizer_init=True, enable_prefix_caching=False, **settings)
-        self.processes = set(psutil.Process().children(recursive=True)) - before
-        self.seconds_to_start = self.processor_time()
-        self.memory = sum(process.memory_info().rss for process in self.processes)
+    def call(self, function, *args):
+        return self.process.submit(function, *args).result()
 
-    def processor_time(self) -> float:
-        return sum(sum(process.cpu_times()[:2]) for process in self.processes)
 
-    def seconds(self, requests: int, prompt: int, tokens: int, adapters: list) -> float:
-        """Return the processor time that a batch takes."""
-        from vllm import SamplingParams
+def start(model: str, method: str | None, slots: int) -> tuple[float, int]:
+    """Start this process' engine; return the processor time that it took, and the memory that the process has then."""
+    global llm
+    from vllm import LLM
 
-        prompts = [{"prompt_token_ids": [(7 * i + j) % 1000 + 3 for j in range(prompt)]} for i in range(requests)]
-        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        chosen = [adapters[i * max(1, len(adapters) // requests) % len(adapters)] for i in range(requests)]
-        before = self.processor_time()
-        self.llm.generate(prompts, sampling, lora_request=chosen, use_tqdm=False)
-        return self.processor_time() - before
+    before = time.process_time()
+    settings: dict = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": REQUESTS, "seed": 0}
+    if method is not None:
+        rank = 8 if method == "LoRA r=8" else 1
+        settings |= {"enable_lora": True, "max_loras": slots, "max_lora_rank": rank}
+        settings["additional_config"] = {"hyperadapt": True} if method == "HyperAdapt" else {}
+    llm = LLM(model, dtype="bfloat16", skip_tokenizer_init=True, enable_prefix_caching=False, **settings)
+    return time.process_time() - before, psutil.Process().memory_info().rss
+
+
+def load(adapters: list) -> None:
+    for adapter in adapters:
+        llm.llm_engine.add_lora(adapter)
+
+
+def seconds(requests: int, prompt: int, tokens: int, adapters: list) -> float:
+    """Return the processor time that a batch takes."""
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": [(7 * i + j) % 1000 + 3 for j in range(prompt)]} for i in range(requests)]
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    chosen = [adapters[i * max(1, len(adapters) // requests) % len(adapters)] for i in range(requests)]
+    before = time.process_time()
+    llm.generate(prompts, sampling, lora_request=chosen, use_tqdm=False)
+    return time.process_time() - before
 
 
 def main() -> int:
@@ -92,7 +106,12 @@ def main() -> int:
     args = parser.parse_args()
 
     os.environ.update(
-        VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"
+        HF_HUB_OFFLINE="1",
+        OMP_NUM_THREADS="1",
+        VLLM_CPU_KVCACHE_SPACE="1",  # GiB
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_LOGGING_LEVEL="ERROR",
     )
     import vllm
     from vllm.lora.request import LoRARequest
@@ -102,7 +121,7 @@ def main() -> int:
         for count in args.slots:
             engine = Engine(args.model, method, count)
             started.append((method, count, engine))
-            engine.llm.llm_engine.engine_core.shutdown()
+            engine.process.shutdown()
             print(method, count, f"slots: {engine.seconds_to_start:.1f} s, {engine.memory / 1e6:.0f} MB", flush=True)
 
     slots = max(*args.adapters, 1)
@@ -119,12 +138,11 @@ def main() -> int:
                 adapters = [LoRARequest(path.name, i, str(path)) for i, path in enumerate(paths, 1)] or [None]
                 engine = engines[method]
                 if not round:
-                    for adapter in filter(None, adapters):
-                        engine.llm.llm_engine.add_lora(adapter)
-                    engine.seconds(REQUESTS, PROMPT, 1, adapters)
+                    engine.call(load, [adapter for adapter in adapters if adapter])
+                    engine.call(seconds, REQUESTS, PROMPT, 1, adapters)
                     continue
-                batches[method, count].append(engine.seconds(REQUESTS, PROMPT, TOKENS, adapters))
-                singles[method, count].append(sum(engine.seconds(1, LONG, 1, adapters) for _ in range(SINGLES)))
+                batches[method, count].append(engine.call(seconds, REQUESTS, PROMPT, TOKENS, adapters))
+                singles[method, count].append(sum(engine.call(seconds, 1, LONG, 1, adapters) for _ in range(SINGLES)))
                 print(round, method, count, f"{batches[method, count][-1]:.2f} s", flush=True)
 
     base = min(batches[None, 0])
