@@ -66,7 +66,11 @@ def test_the_pages_are_filled_from_the_results():
 
 
 def test_the_readmes_table_is_that_of_the_results():
-    rows = {row["method"]: row for row in hooks.read("text_classification/comparison")}
+    rows = {
+        row["method"]: row
+        for name in ("text_classification", "film_reviews")
+        for row in hooks.read(f"{name}/comparison")
+    }
     found = re.findall(r"^\| (.+?) \| ([\d,]+) \| ([\d.e-]+) \| (.+?) \|$", README.read_text(), re.MULTILINE)
     assert len(found) >= 5
     for method, trained, rate, test in found:

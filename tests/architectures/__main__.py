@@ -25,7 +25,7 @@ from .walk import METHODS, walk
 
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results/architectures.json"
-SECONDS, MEMORY = 120, 8 << 30  # for one class
+SECONDS, MEMORY = 120, 12 << 30  # for one class
 
 
 def tried(names: list[str]) -> Iterator[dict[str, Any]]:

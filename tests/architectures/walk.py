@@ -38,9 +38,9 @@ def walk(name: str) -> dict[str, dict[str, Any]]:
         ValueError: If the class cannot be built.
     """
     model, inputs = build(name)
-    task_type = (
-        TASKS.get(name.rpartition("For")[2]) if "input_ids" in inputs else None
-    )  # as PEFT's models of these want
+    # as PEFT's models of these want, which hand on `inputs_embeds`: BLIP's answers questions by generating, and takes none
+    of_text = {"input_ids", "inputs_embeds"} <= taken(model)
+    task_type = TASKS.get(name.rpartition("For")[2]) if of_text else None
     bare = copy.deepcopy(model)
     untie(bare)
     step(bare, inputs)
