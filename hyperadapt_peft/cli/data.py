@@ -48,8 +48,12 @@ class Data:
     def __post_init__(self) -> None:
         if self.validation_split is None and self.test_split is None:
             raise RecipeError("data.test_split: expected a split to evaluate on, here or in data.validation_split")
+        formats = ", ".join(FILE_FORMATS)
+        if self.name not in FILE_FORMATS and Path(self.name).expanduser().is_file():
+            place = f"put it into data.data_files, such as {{train: {self.name}}}, and its format ({formats}) here"
+            raise RecipeError(f"data.name: '{self.name}' is a file; {place}")
         if (self.name in FILE_FORMATS) != (self.data_files is not None):
-            raise RecipeError(f"data.data_files: expected with name {', '.join(FILE_FORMATS)}, and only there")
+            raise RecipeError(f"data.data_files: expected with name {formats}, and only there")
         for split, file in (self.data_files or {}).items():
             if not Path(file).is_file():
                 raise RecipeError(f"data.data_files.{split}: no such file '{file}'")

@@ -49,6 +49,7 @@ WRONG = {
     "missing data directory": (["data={name: /no/where}"], "data.name: no such directory '/no/where'"),
     "missing data file": (["data.data_files.test=no.jsonl"], "data.data_files.test: no such file 'no.jsonl'"),
     "files without format": (["data.name=imdb"], "data.data_files: expected with name csv, json, parquet"),
+    "file for a name": ([f"data.name={__file__}"], "data.name: .* is a file; put it into data.data_files"),
     "model not prepared": (["model.name=.cache/embedded/no"], "model.name: no such directory '.cache/embedded/no'"),
     "data not prepared": (["data={name: .cache/embedded/no}"], "data.name: no such directory '.cache/embedded/no'"),
     "nothing to evaluate on": (["data.validation_split=null", "data.test_split=null"], "data.test_split: expected"),
