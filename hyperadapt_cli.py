@@ -97,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "train" and not any(argument.startswith("-") for argument in rest):
         args.overrides += rest  # those after an option, which argparse does not take for overrides
     elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        hint = f"`hyperadapt {args.command} --help` shows which there are"
+        parser.error(f"unrecognized arguments: {' '.join(rest)}; {hint}")
     if args.command == "run":
         if not args.arguments:
             parser.error("run: expected a command")
@@ -135,7 +136,9 @@ def compare(comparison: str) -> None:
 
     checked = load(comparison)
     print(table(compare(checked)))
-    print(f"Next: `hyperadapt inspect` an adapter in {checked.output_dir}; comparison.png there plots the table.")
+    print(
+        f"Next: `hyperadapt inspect` an adapter in {checked.output_dir}{_plot(checked.output_dir, 'comparison.png')}."
+    )
 
 
 def bench(model: str, output_dir: str, **options: Any) -> None:
@@ -143,7 +146,7 @@ def bench(model: str, output_dir: str, **options: Any) -> None:
     from hyperadapt_peft.cli.bench import bench, table
 
     print(table(bench(model, output_dir=output_dir, **options)["rows"]))
-    print(f"Next: `hyperadapt plan {model}` tells what training needs; {output_dir} has this table as a plot.")
+    print(f"Next: `hyperadapt plan {model}` tells what training needs{_plot(output_dir, 'bench.png')}.")
 
 
 def plan(**options: Any) -> None:
@@ -168,11 +171,17 @@ def inspect(adapter: str, beside: str | None, model: str | None, output: str | N
     print(inspection.table(reports))
     if output:
         inspection.write(reports, Path(output))
-        print(f"Next: {Path(output, 'ranks.png')} plots the singular values and ranks.")
+        print(f"Next: {Path(output, 'ranks.json')} has the singular values{_plot(output, 'ranks.png')}.")
     else:
         print(
             "Next: `--beside ADAPTER` shows another adapter beside it, `--output DIRECTORY` writes the plot and data."
         )
+
+
+def _plot(directory: str | Path, name: str) -> str:
+    """The end of a sentence that tells of the plot, or of what is missing for it."""
+    path = Path(directory, name)
+    return f"; {path} is the plot" if path.is_file() else "; `pip install matplotlib` for a plot too"
 
 
 def quiet_libraries() -> None:

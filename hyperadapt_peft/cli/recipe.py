@@ -204,6 +204,7 @@ def _raise_first(prefix: str, values: Mapping[str, Any], error: ValidationError,
         if isinstance(value, str) and openings and value.startswith(openings):
             continue  # PEFT writes such a choice as `pissa_niter_[number of iters]`
         expected = " or ".join(dict.fromkeys(entry["msg"].replace("Input should be", "expected") for entry in entries))
+        expected = expected.replace("an object", "keys with values")  # YAML's users know no JSON
         hint = suggestion(value, choices) if isinstance(value, str) else ""
         raise RecipeError(f"{prefix}{key}: {expected.replace(' or expected', ' or')}, got {value!r}{hint}")
 

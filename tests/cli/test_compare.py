@@ -120,9 +120,9 @@ def test_a_killed_comparison_leaves_no_run_behind(comparison, recipe, tmp_path):
         ),
         (
             {"methods": {"a": {"tuner": {"peft_type": "LORA"}, "learning_rates": [1.0], "model": "b"}}},
-            "methods.a.model: expected an object",
+            "methods.a.model: expected keys with values",
         ),
-        ({"recipe": [1]}, "recipe: expected an object or a valid string"),
+        ({"recipe": [1]}, "recipe: expected keys with values or a valid string"),
         ({"recipe": {"task": "causal-lm", "data": {}, "training": {}}}, "model: missing section"),
         ({"recipe": {"task": "causal-lm", "data": {}, "model": {}}}, "training: missing section"),
         ({"methods": {"a": {"tuner": {"peft_type": "LORAX"}, "learning_rates": [1.0]}}}, "methods.a: tuner.peft_type"),
