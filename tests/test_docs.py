@@ -85,6 +85,9 @@ def test_the_readmes_numbers_are_those_of_the_results():
     bench = {row["method"]: f"{row['step_ratio']:.2f}" for row in hooks.read("bench/bench")["rows"]}
     assert f"A training step takes {bench['hyperadapt']} times" in text
     assert f"(MiSS {bench['miss-r8']}, IA3 {bench['ia3']}, LoRA r=8 {bench['lora-r8']};" in text
+    kept = {row["method"]: row["saved_bytes"] for row in hooks.read("bench/bench")["rows"]}
+    assert f"keeps {kept['hyperadapt'] / kept['lora-r8']:.1f} times what LoRA r=8 keeps" in text
+    assert f"backward pass, {kept['hyperadapt-save-memory'] / kept['lora-r8']:.2f} with `save_memory=True`" in text
     key = "prefill of 16 tokens, 64 adapters / prefill of 16 tokens, one adapter"
     mixed = {run["method"]: f"{run[key]:.2f}" for run in hooks.read("mixed_batch")["runs"] if run["loaded"] == 64}
     assert f"take {mixed['HyperAdapt']} times the same rows with one (LoRA r=8: {mixed['LoRA r=8']})" in text
