@@ -15,8 +15,7 @@ from typing import Any, Optional
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.integrations.finegrained_fp8 import FP8Linear
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import TargetConfig
@@ -24,8 +23,11 @@ from .layer import named_modules_around_adapters
 from .quantization import quantization_backend
 
 
-_KNOWN_LAYERS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, FP8Linear)
+_KNOWN_LAYERS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _KNOWN_FORWARDS = {layer.forward for layer in _KNOWN_LAYERS}
+_QUANTIZED = ("optimum.quanto.", "transformers.integrations.finegrained_fp8")  # modules of layers without a backend
+
+_GENERATION = "transformers.generation.utils"  # by name: importing it takes long
 
 # What can be asked of a weight, or done with it, that does not use its values.
 _METADATA = {"device", "dim", "dtype", "is_cuda", "is_meta", "ndim", "numel", "requires_grad", "shape", "size"}
@@ -127,7 +129,7 @@ def has_known_forward(layer: nn.Module) -> bool:
     That it computes the same (Falcon's linear layers), or a multiple of it (Gemma's embeddings), is tried on a copy
     with a tiny weight.
     """
-    is_quantized = type(layer).__module__.startswith("optimum.quanto.") or quantization_backend(layer) is not None
+    is_quantized = type(layer).__module__.startswith(_QUANTIZED) or quantization_backend(layer) is not None
     if type(layer).forward in _KNOWN_FORWARDS or is_quantized:
         return True
     generator = torch.Generator().manual_seed(0)
@@ -173,7 +175,7 @@ def _read_weights(cls: type[nn.Module]) -> frozenset[str]:
 
     `*` stands for an index.
     """
-    bases = [base for base in cls.__mro__ if base not in (*PreTrainedModel.__mro__, GenerationMixin)]
+    bases = [base for base in cls.__mro__ if base not in PreTrainedModel.__mro__ and base.__module__ != _GENERATION]
     reached = [name for base in bases for name in vars(base) if not name.startswith("_") and not _CHANGES.search(name)]
     found = set()
     for name in reached:  # grows
