@@ -29,7 +29,7 @@ ROWS = (  # Python and the versions of VERSIONED
     ("3.11", "2.13.0", "5.0.0", "0.21.0"),
     ("3.11", "2.13.0", "5.23.0", "0.21.2"),
     ("3.12", "2.6.0", "5.23.0", "0.21.2"),
-    ("3.13", "2.15.0", "5.23.0", "0.21.2"),  # all newest
+    ("3.13", "2.14.1", "5.23.0", "0.21.2"),  # all newest
 )
 OTHERS = ("accelerate", "datasets", "pillow", "pytest", "pyyaml", "scikit-learn", "scipy", "setuptools>=77")
 # Registration, saving and loading, merging, mixed batches, training and resuming, of both methods.
