@@ -27,14 +27,15 @@ COLOURS = {
 
 
 def chosen(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Method -> the runs at its rate of the best mean validation score."""
+    """Method -> the runs at its rate of the best mean validation score, of methods that have more than one."""
     rates: dict[str, dict[float, list[dict[str, Any]]]] = {}
     for run in results["runs"]:
         rates.setdefault(run["method"], {}).setdefault(run["learning_rate"], []).append(run)
-    return {
+    best = {
         method: max(found.values(), key=lambda runs: statistics.mean(run["validation"] for run in runs))
         for method, found in rates.items()
     }
+    return {method: runs for method, runs in best.items() if len(runs) > 1}
 
 
 def draw_size(tasks: dict[str, dict[str, list[dict[str, Any]]]]) -> Figure:
