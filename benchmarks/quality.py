@@ -14,7 +14,6 @@ import argparse
 import copy
 import gc
 import json
-import statistics
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from peft import PeftMixedModel, get_peft_model
 from tqdm import tqdm
 from transformers import PreTrainedModel, logging
 
+from benchmarks.runs import best_rate, by_rate
 from hyperadapt_peft import HyperAdaptConfig, SurmConfig
 from hyperadapt_peft.cli import recipe as recipes
 from hyperadapt_peft.cli import train as training
@@ -35,7 +35,6 @@ from hyperadapt_peft.cli.train import train
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
-PACKAGES = ("hyperadapt_peft", "peft", "transformers", "torch")
 LINEARS = {"target_modules": "all-linear"}
 
 
@@ -62,13 +61,30 @@ METHODS = {
     "LoRA r=2": Method({"peft_type": "LORA", "r": 2, **LINEARS}, 2e-3),
     "SURM circulant": Method({"peft_type": "SURM", "structure": "circulant", **LINEARS}, 1e-2),
 }
+TRAINING = {
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 100,
+    "weight_decay": 0.0,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.06,
+    "use_cpu": True,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "logging_steps": 50,
+}
+BY_LENGTH = TRAINING | {"train_sampling_strategy": "group_by_length"}  # images have no length
 ENCODER = {
     "name": ".cache/embedded/minilm",
     "config": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
 }
-TEXT = {"task": "sequence-classification", "model": ENCODER}
-LANGUAGE = {"task": "causal-lm", "model": {"name": ".cache/embedded/smollm2"}}
-IMAGES = {"task": "image-classification", "model": {"name": ".cache/embedded/dinov2-saliency"}}
+TEXT = {"task": "sequence-classification", "model": ENCODER, "training": BY_LENGTH}
+LANGUAGE = {"task": "causal-lm", "model": {"name": ".cache/embedded/smollm2"}, "training": BY_LENGTH}
+IMAGES = {
+    "task": "image-classification",
+    "model": {"name": ".cache/embedded/dinov2-saliency"},
+    "training": TRAINING,
+}
 # Sized for hours on one core: the tests of text have standard errors of 0.6 to 0.9 points, those of images 1, of answers 2.5.
 TASKS: dict[str, dict[str, Any]] = {
     "film-reviews": TEXT
@@ -166,27 +182,11 @@ TASKS: dict[str, dict[str, Any]] = {
         }
     },
 }
-TRAINING = {
-    "num_train_epochs": 1,
-    "per_device_train_batch_size": 16,
-    "per_device_eval_batch_size": 100,
-    "weight_decay": 0.0,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 0.06,
-    "train_sampling_strategy": "group_by_length",
-    "use_cpu": True,
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "logging_steps": 50,
-}
 
 
 def recipe_of(task: str) -> dict[str, Any]:
     """What all methods of a task share."""
-    recipe = copy.deepcopy({"tuner": {}, "training": dict(TRAINING)} | TASKS[task])
-    if task in ("fashion-mnist", "cifar10"):
-        del recipe["training"]["train_sampling_strategy"]  # images have no length
-    return recipe
+    return copy.deepcopy({"tuner": {}} | TASKS[task])
 
 
 def load(task: str) -> dict[str, Any]:
@@ -204,30 +204,16 @@ def load(task: str) -> dict[str, Any]:
     return results
 
 
-def runs_of(results: dict[str, Any], method: str) -> dict[float, dict[int, dict[str, Any]]]:
-    """Rate -> seed -> run."""
-    rates: dict[float, dict[int, dict[str, Any]]] = {}
-    for run in results["runs"]:
-        if run["method"] == method:
-            rates.setdefault(run["learning_rate"], {})[run["seed"]] = run
-    return dict(sorted(rates.items()))
-
-
-def chosen(rates: dict[float, dict[int, dict[str, Any]]]) -> float:
-    """The rate with the best mean validation score."""
-    return max(rates, key=lambda rate: statistics.mean(run["validation"] for run in rates[rate].values()))
-
-
 def next_run(method: str, results: dict[str, Any], seeds: int, given: list[float]) -> tuple[float, int] | None:
     """The rate and the seed to run next, or None when the method is finished; rates that are given have all seeds."""
-    rates, middle = runs_of(results, method), METHODS[method].rate
+    rates, middle = by_rate(results["runs"]).get(method, {}), METHODS[method].rate
     if given:
         pairs = ((rate, seed) for seed in range(seeds) for rate in given)
         return next(((rate, seed) for rate, seed in pairs if seed not in rates.get(rate, {})), None)
     for rate in (middle, middle / 2, middle * 2):
         if rate not in rates:
             return rate, 0
-    best = chosen(rates)
+    best = best_rate(rates)
     if best == max(rates):
         return 2 * best, 0
     if best == min(rates):
@@ -297,7 +283,7 @@ def main() -> None:
                         continue
                     bar.set_postfix_str("{} {:g} {}".format(method, *following))
                     results["runs"].append(run(task, method, *following))
-                    results["versions"] = {package: version(package) for package in PACKAGES}
+                    results["versions"] = {package: version(package) for package in training.PACKAGES}
                     (RESULTS / f"{task}.json").write_text(json.dumps(results, indent=1) + "\n")
                     bar.update()
 

@@ -12,6 +12,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from benchmarks.runs import chosen
+
 
 RESULTS = Path(__file__).parent / "results"
 # a method of `benchmarks.quality` -> its row of `hyperadapt bench`
@@ -26,16 +28,9 @@ COLOURS = {
 }  # fmt: skip
 
 
-def chosen(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Method -> the runs at its rate of the best mean validation score, of methods that have more than one."""
-    rates: dict[str, dict[float, list[dict[str, Any]]]] = {}
-    for run in results["runs"]:
-        rates.setdefault(run["method"], {}).setdefault(run["learning_rate"], []).append(run)
-    best = {
-        method: max(found.values(), key=lambda runs: statistics.mean(run["validation"] for run in runs))
-        for method, found in rates.items()
-    }
-    return {method: runs for method, runs in best.items() if len(runs) > 1}
+def methods_of(task: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Method -> its runs at its best rate, of methods that have more than one."""
+    return {method: list(runs.values()) for method, runs in chosen(task["runs"]).items() if len(runs) > 1}
 
 
 def draw_size(tasks: dict[str, dict[str, list[dict[str, Any]]]]) -> Figure:
@@ -98,7 +93,7 @@ def draw_cost(tasks: dict[str, dict[str, list[dict[str, Any]]]], rows: dict[str,
 
 def main() -> None:
     files = sorted((RESULTS / "quality").glob("*.json"))
-    tasks = {file.stem: chosen(json.loads(file.read_text())) for file in files}
+    tasks = {file.stem: methods_of(json.loads(file.read_text())) for file in files}
     rows = {row["method"]: row for row in json.loads((RESULTS / "bench" / "bench.json").read_text())["rows"]}
     draw_size(tasks).savefig(RESULTS / "quality" / "size.png")
     draw_cost(tasks, rows).savefig(RESULTS / "quality" / "cost.png")

@@ -12,6 +12,10 @@ from typing import Any
 
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # mkdocs runs elsewhere
+from benchmarks import runs
+
+
 RESULTS = ROOT / "benchmarks" / "results"
 KINDS = ("numerical", "effective", "stable")
 # Student's t for a 95 % interval, by degrees of freedom
@@ -87,47 +91,40 @@ def paired(name: str, *references: str) -> str:
     for method, ours in scores.items():
         cells = []
         for reference in references:
-            differences = [100 * (a - b) for a, b in zip(ours, scores[reference], strict=False)]
-            count = len(differences)
-            if method == reference or count < 2:
-                cells.append("")
-                continue
-            half = T95[count - 1] * statistics.stdev(differences) / count**0.5
-            cells.append(f"{statistics.mean(differences):+.1f} ± {half:.1f}")
+            found = interval([100 * (a - b) for a, b in zip(ours, scores[reference], strict=False)])
+            cells.append("{:+.1f} ± {:.1f}".format(*found) if found and method != reference else "")
         lines.append([method, *cells])
     return table(["method", *(f"beside {reference}, points" for reference in references)], lines)
 
 
+def interval(differences: list[float]) -> tuple[float, float] | None:
+    """Their mean, and half its 95 % interval; None for fewer than two."""
+    count = len(differences)
+    if count < 2:
+        return None
+    return statistics.mean(differences), T95[count - 1] * statistics.stdev(differences) / count**0.5
+
+
 def chosen(task: str) -> dict[str, dict[int, dict[str, Any]]]:
-    """Method -> seed -> run of a task of `benchmarks.quality`, at the rate with the best mean validation score."""
-    rates: dict[str, dict[float, dict[int, dict[str, Any]]]] = {}
-    for run in read(f"quality/{task}")["runs"]:
-        rates.setdefault(run["method"], {}).setdefault(run["learning_rate"], {})[run["seed"]] = run
-    return {
-        method: max(found.values(), key=lambda runs: statistics.mean(run["validation"] for run in runs.values()))
-        for method, found in rates.items()
-    }
+    """Method -> seed -> run of a task of `benchmarks.quality`, at the method's best rate."""
+    return runs.chosen(read(f"quality/{task}")["runs"])
 
 
 def difference(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) -> tuple[float, float] | None:
-    """The mean difference on test of the seeds that both have, in points, and half its 95 % interval."""
-    differences = [100 * (ours[seed]["test"] - theirs[seed]["test"]) for seed in ours.keys() & theirs.keys()]
-    if len(differences) < 2:
-        return None
-    half = T95[len(differences) - 1] * statistics.stdev(differences) / len(differences) ** 0.5
-    return statistics.mean(differences), half
+    """`interval` of the differences on test, of the seeds that both have."""
+    return interval([100 * (ours[seed]["test"] - theirs[seed]["test"]) for seed in ours.keys() & theirs.keys()])
 
 
 def quality(task: str) -> str:
     """Methods of one task: scores in percent, and the differences to LoRA of equal and of eight times the size."""
     methods = chosen(task)
     lines = []
-    for method, runs in methods.items():
-        some = next(iter(runs.values()))
-        line = [method, f"{some['trainable_outside_head']:,}", f"{some['learning_rate']:g}", len(runs)]
-        line += [mean_and_error([run[split] for run in runs.values()]) for split in ("validation", "test")]
+    for method, seeds in methods.items():
+        some = next(iter(seeds.values()))
+        line = [method, f"{some['trainable_outside_head']:,}", f"{some['learning_rate']:g}", len(seeds)]
+        line += [mean_and_error([run[split] for run in seeds.values()]) for split in ("validation", "test")]
         for reference in ("LoRA r=1", "LoRA r=8"):
-            found = difference(runs, methods[reference]) if method != reference and reference in methods else None
+            found = difference(seeds, methods[reference]) if method != reference and reference in methods else None
             line.append("{:+.1f} ± {:.1f}".format(*found) if found else "")
         lines.append(line)
     header = ["method", "trained outside the head", "learning rate", "seeds", "validation, %", "test, %"]
@@ -168,14 +165,10 @@ def quality_tables() -> str:
 
 def quality_rates(task: str, method: str) -> str:
     """A method's scores at each learning rate."""
-    rates: dict[float, list[dict[str, Any]]] = {}
-    for run in read(f"quality/{task}")["runs"]:
-        if run["method"] == method:
-            rates.setdefault(run["learning_rate"], []).append(run)
-    lines = [
-        [f"{rate:g}", len(runs), *(mean_and_error([run[split] for run in runs]) for split in ("validation", "test"))]
-        for rate, runs in sorted(rates.items())
-    ]
+    lines = []
+    for rate, seeds in runs.by_rate(read(f"quality/{task}")["runs"])[method].items():
+        scores = (mean_and_error([run[split] for run in seeds.values()]) for split in ("validation", "test"))
+        lines.append([f"{rate:g}", len(seeds), *scores])
     return table(["learning rate", "seeds", "validation, %", "test, %"], lines)
 
 

@@ -53,7 +53,7 @@ class TargetConfig(PeftConfig):
             of a newer one are refused.
 
     Raises:
-        TypeError: If a field has a value that is not of its type, such as none of a `Literal`.
+        TypeError: If a field has a value that is not of its type.
         ValueError: If a field has a value it cannot have. Both messages name the field and what it takes.
     """
 

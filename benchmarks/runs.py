@@ -1,0 +1,25 @@
+"""The runs that `benchmarks.quality` keeps, by method, rate and seed; imports nothing heavy."""
+
+import statistics
+from typing import Any
+
+
+Seeds = dict[int, dict[str, Any]]  # seed -> run
+
+
+def by_rate(runs: list[dict[str, Any]]) -> dict[str, dict[float, Seeds]]:
+    """Method -> rate, the lowest first -> seed -> run."""
+    methods: dict[str, dict[float, Seeds]] = {}
+    for run in runs:
+        methods.setdefault(run["method"], {}).setdefault(run["learning_rate"], {})[run["seed"]] = run
+    return {method: dict(sorted(rates.items())) for method, rates in methods.items()}
+
+
+def best_rate(rates: dict[float, Seeds]) -> float:
+    """The rate with the best mean validation score over the seeds it has; of equals the lowest."""
+    return max(rates, key=lambda rate: statistics.mean(run["validation"] for run in rates[rate].values()))
+
+
+def chosen(runs: list[dict[str, Any]]) -> dict[str, Seeds]:
+    """Method -> its runs at its best rate, by seed."""
+    return {method: rates[best_rate(rates)] for method, rates in by_rate(runs).items()}

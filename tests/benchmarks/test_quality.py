@@ -1,0 +1,36 @@
+"""Which run comes next: rates around the best one under the first seed, then the best under all."""
+
+import pytest
+
+from benchmarks.quality import METHODS, next_run
+from benchmarks.runs import chosen
+
+
+@pytest.mark.parametrize("peak", [5e-4, 1e-3, 2e-3, 4e-3, 1.6e-2])
+def test_the_best_rate_ends_inside_its_grid_with_all_seeds(peak):
+    runs = []
+    while following := next_run("HyperAdapt", {"runs": runs}, 3, []):
+        rate, seed = following
+        assert not [run for run in runs if (run["learning_rate"], run["seed"]) == following]
+        validation = 1 - abs(rate - peak) / 100
+        runs.append({"method": "HyperAdapt", "learning_rate": rate, "seed": seed, "validation": validation})
+    rates = {run["learning_rate"] for run in runs}
+    assert min(rates) < peak < max(rates) and METHODS["HyperAdapt"].rate in rates
+    best = chosen(runs)["HyperAdapt"]
+    assert sorted(best) == [0, 1, 2] and {run["learning_rate"] for run in best.values()} == {peak}
+
+
+def test_a_rate_that_fails_with_a_second_seed_is_left():
+    runs = []
+    while following := next_run("HyperAdapt", {"runs": runs}, 3, []):
+        rate, seed = following
+        validation = {1e-3: 0.8, 2e-3: 0.0 if seed else 0.9}.get(rate, 0.1)
+        runs.append({"method": "HyperAdapt", "learning_rate": rate, "seed": seed, "validation": validation})
+    assert {run["learning_rate"] for run in chosen(runs)["HyperAdapt"].values()} == {1e-3}
+
+
+def test_given_rates_have_all_seeds_and_no_others_run():
+    runs = []
+    while following := next_run("HyperAdapt", {"runs": runs}, 2, [1e-4, 2e-4]):
+        runs.append(dict(zip(("learning_rate", "seed"), following, strict=True), method="HyperAdapt", validation=0.5))
+    assert [(run["learning_rate"], run["seed"]) for run in runs] == [(1e-4, 0), (2e-4, 0), (1e-4, 1), (2e-4, 1)]
