@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     command.add_argument("--autocast", action="store_true", help="run forward passes under autocast to bfloat16")
     command.add_argument("--gradient-checkpointing", action="store_true", help="keep the blocks' inputs only")
+    command.add_argument("--compile", action="store_true", help="run forward and backward passes under torch.compile")
     command.add_argument(
         "--methods", nargs="+", metavar="METHOD", help="default all; a wrong name is told which there are"
     )

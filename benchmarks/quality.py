@@ -59,8 +59,25 @@ METHODS = {
     "HyperAdapt and biases": Method({"peft_type": "HYPERADAPT", "bias": "all"}, 2e-3),
     "HyperAdapt and circulant": Method({"peft_type": "HYPERADAPT"}, 2e-3, {"structure": "circulant", "alpha": 5.0}),
     "LoRA r=2": Method({"peft_type": "LORA", "r": 2, **LINEARS}, 2e-3),
-    "SURM circulant": Method({"peft_type": "SURM", "structure": "circulant", **LINEARS}, 1e-2),
+    "SURM circulant": Method({"peft_type": "SURM", "structure": "circulant", **LINEARS}, 2e-3),
 }
+SURM = {"peft_type": "SURM", **LINEARS}
+# What else was tried; not run unless it is named.
+VARIANTS = {
+    "HyperAdapt alpha=10": Method({"peft_type": "HYPERADAPT", "alpha": 10.0}, 1e-3),
+    "SURM circulant alpha=5": Method(SURM | {"alpha": 5.0}, 5e-4),
+    "SURM circulant, random start": Method(SURM | {"init_weights": False}, 2e-3),
+    "SURM circulant on q, k, v": Method({"peft_type": "SURM"}, 2e-3),
+    "SURM circulant sequential": Method({"peft_type": "SURM", "placement": "sequential"}, 2e-3),
+    "SURM symmetric Toeplitz": Method(SURM | {"structure": "toeplitz"}, 2e-3),
+    "SURM general Toeplitz": Method(SURM | {"structure": "toeplitz", "symmetric": False}, 2e-3),
+    "SURM LDR r=1": Method(SURM | {"structure": "ldr"}, 2e-3),
+    "SURM LDR r=2": Method(SURM | {"structure": "ldr", "r": 2}, 2e-3),
+    "SURM LDR r=4": Method(SURM | {"structure": "ldr", "r": 4}, 2e-3),
+    "SURM Kronecker": Method(SURM | {"structure": "kronecker"}, 2e-3),
+    "LoRA r=1 on q, k, v": Method({"peft_type": "LORA", "r": 1, "target_modules": ["query", "key", "value"]}, 2e-3),
+}
+CANDIDATES = METHODS | VARIANTS
 TRAINING = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 16,
@@ -106,8 +123,8 @@ TASKS: dict[str, dict[str, Any]] = {
             "text_column": "passage",
             "text_pair_column": "claim",
             "max_length": 96,
-            "max_train_samples": 3200,
-            "max_validation_samples": 1000,
+            "max_train_samples": 1600,
+            "max_validation_samples": 600,
             "max_test_samples": 4500,
         }
     },
@@ -206,7 +223,7 @@ def load(task: str) -> dict[str, Any]:
 
 def next_run(method: str, results: dict[str, Any], seeds: int, given: list[float]) -> tuple[float, int] | None:
     """The rate and the seed to run next, or None when the method is finished; rates that are given have all seeds."""
-    rates, middle = by_rate(results["runs"]).get(method, {}), METHODS[method].rate
+    rates, middle = by_rate(results["runs"]).get(method, {}), CANDIDATES[method].rate
     if given:
         pairs = ((rate, seed) for seed in range(seeds) for rate in given)
         return next(((rate, seed) for rate, seed in pairs if seed not in rates.get(rate, {})), None)
@@ -225,8 +242,8 @@ def next_run(method: str, results: dict[str, Any], seeds: int, given: list[float
 def run(task: str, method: str, rate: float, seed: int) -> dict[str, Any]:
     """Train and evaluate once, in this process."""
     values = recipe_of(task)
-    values["tuner"] = copy.deepcopy(METHODS[method].tuner)
-    with tempfile.TemporaryDirectory() as directory, both(METHODS[method].beside):
+    values["tuner"] = copy.deepcopy(CANDIDATES[method].tuner)
+    with tempfile.TemporaryDirectory() as directory, both(CANDIDATES[method].beside):
         values["training"] |= {"learning_rate": rate, "seed": seed, "output_dir": directory}
         result = train(recipes.check(values))
     gc.collect()
@@ -253,18 +270,23 @@ def both(config: dict[str, Any] | None) -> Iterator[None]:
         mixed = get_peft_model(model, HyperAdaptConfig(), mixed=True)
         mixed.add_adapter("surm", SurmConfig(**config))
         mixed.set_adapter(["default", "surm"])
-        for head in training._head(recipe, model):
-            model.get_submodule(head).requires_grad_(True)
+        for name in head(recipe, model):
+            model.get_submodule(name).requires_grad_(True)
         return mixed
 
-    with patch.multiple(training, _adapted=adapted, _save=lambda *args: None):  # PEFT saves no mixed models
+    def head_of(recipe: recipes.Recipe, model: PreTrainedModel | PeftMixedModel) -> list[str]:
+        return head(recipe, model.base_model.model if isinstance(model, PeftMixedModel) else model)
+
+    head = training._head
+    # PEFT saves no mixed models
+    with patch.multiple(training, _adapted=adapted, _head=head_of, _save=lambda *args: None):
         yield
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("tasks", nargs="+", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=CANDIDATES, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--rates", nargs="+", type=float, default=[], help="these learning rates alone, with all seeds"

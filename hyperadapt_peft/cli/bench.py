@@ -66,6 +66,7 @@ def bench(
     device: str = "cpu",
     autocast: bool = False,
     gradient_checkpointing: bool = False,
+    compile: bool = False,
 ) -> dict[str, Any]:
     """Measure, and write `bench.json`, `bench.md` and `bench.png` into the output directory.
 
@@ -112,9 +113,13 @@ def bench(
         base.gradient_checkpointing_enable({"use_reentrant": False})
     linears = _linears(base, kind)
     setups = {name: _set_up(name, base, kind, linears) for name in tqdm(names, desc="models", unit="model")}
-    if autocast:
-        for adapted, _ in setups.values():
+    if compile:  # torch counts all models' forwards as one function, and gives up at 8
+        torch._dynamo.config.recompile_limit = 8 * len(setups)
+    for adapted, _ in setups.values():
+        if autocast:
             adapted.forward = torch.autocast(device, torch.bfloat16)(adapted.forward)
+        if compile:
+            adapted.forward = torch.compile(adapted.forward)
     rows: dict[str, dict[str, Any]] = {name: {"method": name} for name in names}
     for name, row in (bar := tqdm(rows.items(), desc="memory", unit="method")):
         bar.set_postfix_str(name)
@@ -146,6 +151,7 @@ def bench(
             "device": torch.cuda.get_device_name() if device == "cuda" else device,
             "autocast": autocast,
             "gradient_checkpointing": gradient_checkpointing,
+            "compile": compile,
             "threads": torch.get_num_threads(),
         },
         "versions": {"python": platform.python_version()}

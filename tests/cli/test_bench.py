@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from hyperadapt_cli import main
@@ -55,6 +56,24 @@ def test_only_the_methods_asked_for_beside_frozen(tmp_path):
         str(tmp_path), "sequence-classification", 2, 8, rounds=1, methods=["ia3"], output_dir=tmp_path / "out"
     )
     assert [row["method"] for row in results["rows"]] == ["frozen", "ia3"]
+
+
+def test_compiled(tmp_path, monkeypatch):
+    compiled = []
+
+    def without_a_c_compiler(forward):
+        compiled.append(forward)
+        return original(forward, backend="aot_eager")
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", without_a_c_compiler)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    tiny.build("llama")[0].config.save_pretrained(tmp_path)
+    options = ["--rounds", "1", "--methods", "hyperadapt", "--batch-size", "2", "--sequence-length", "8", "--compile"]
+    assert main(["bench", "--model", str(tmp_path), *options, "--output-dir", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert results["settings"]["compile"] and len(compiled) == 2
+    assert [row["saved_bytes"] > 0 for row in results["rows"]] == [True, True]
 
 
 @pytest.mark.parametrize(

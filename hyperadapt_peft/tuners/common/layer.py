@@ -147,13 +147,13 @@ class TargetLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
-        if self.merged and adapter_names is not None:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        if self.disable_adapters and self.merged:
-            self.unmerge()
         if self.disable_adapters or self.merged:
+            if self.merged and adapter_names is not None:
+                raise ValueError(
+                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+                )
+            if self.disable_adapters and self.merged:
+                self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is None:
             return self.adapted_forward(x, *args, **kwargs)

@@ -111,11 +111,10 @@ class HyperAdaptLayer(TargetLayer):
 
     def active_scales(self) -> Scales:
         """Return the active adapters' offsets of columns and rows, (size,) or None, and what both are multiplied by."""
-        column, row = self.hyperadapt_column, self.hyperadapt_row
-        names = [name for name in self.active_adapters if name in self.scaling]
-        if len(names) != 1:
-            return self.active_offset(column), self.active_offset(row), 1.0
-        return read_weight(column, names[0]), read_weight(row, names[0]), self.factor(names[0])
+        column, row, names = self.hyperadapt_column, self.hyperadapt_row, self.active_adapters
+        if len(names) == 1 and names[0] in self.scaling:
+            return read_weight(column, names[0]), read_weight(row, names[0]), self.factor(names[0])
+        return self.active_offset(column), self.active_offset(row), 1.0
 
     def active_offset(self, scales: nn.ModuleDict) -> Optional[torch.Tensor]:
         """Return the offset from 1 of the product of the active adapters' scales, (size,), or None without any."""
@@ -178,7 +177,7 @@ class Linear(HyperAdaptLayer):
 
     def scaled_forward(self, x: torch.Tensor, scales: Scales, *args: Any, **kwargs: Any) -> torch.Tensor:
         column, row, factor = scales
-        save_memory = any(self.hyperadapt_save_memory.get(name) for name in self.active_adapters)
+        save_memory = torch.is_grad_enabled() and any(map(self.hyperadapt_save_memory.get, self.active_adapters))
         if column is not None:
             x = scale(x, self.along_channels(column, x), factor, save_memory=save_memory)
         result = self.base_forward(x, *args, **kwargs)
@@ -198,7 +197,7 @@ class Linear(HyperAdaptLayer):
 
     def base_bias(self, result: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> Optional[torch.Tensor]:
         """The base layer's bias, (size,)."""
-        bias = getattr(self.get_base_layer(), "bias", None)
+        bias = getattr(self.base_layer, "bias", None)
         if callable(bias):  # of torch's own quantized layers
             bias = bias()
         if bias is None:

@@ -197,7 +197,7 @@ def test_merge_and_unload_holds_one_saved_weight_at_a_time(method, monkeypatch):
 
     def counting_init(self, weight):
         init(self, weight)
-        alive.append(sum(isinstance(thing, SavedWeight) for thing in gc.get_objects()))
+        alive.append(sum(type(thing) is SavedWeight for thing in gc.get_objects()))
 
     monkeypatch.setattr(SavedWeight, "__init__", counting_init)
     gc.disable()  # nothing may wait for the collector
