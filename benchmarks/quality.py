@@ -47,7 +47,7 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "HyperAdapt": Method({"peft_type": "HYPERADAPT"}, 2e-3),
+    "HyperAdapt": Method({"peft_type": "HYPERADAPT"}, 1e-3),
     "LoRA r=1": Method({"peft_type": "LORA", "r": 1, **LINEARS}, 2e-3),
     "LoRA r=8": Method({"peft_type": "LORA", "r": 8, **LINEARS}, 1e-3),
     "IA3": Method({"peft_type": "IA3"}, 1e-2),
@@ -56,23 +56,23 @@ METHODS = {
     "RoAd": Method({"peft_type": "ROAD", **LINEARS}, 4e-3),
     "C3A": Method({"peft_type": "C3A", "block_size": 192, **LINEARS}, 4e-2),
     "full fine-tuning": Method({"peft_type": "FULL"}, 1e-4),
-    "HyperAdapt and biases": Method({"peft_type": "HYPERADAPT", "bias": "all"}, 2e-3),
-    "HyperAdapt and circulant": Method({"peft_type": "HYPERADAPT"}, 2e-3, {"structure": "circulant", "alpha": 5.0}),
+    "HyperAdapt alpha=5": Method({"peft_type": "HYPERADAPT", "alpha": 5.0}, 2e-3),
+    "HyperAdapt alpha=5 and biases": Method({"peft_type": "HYPERADAPT", "alpha": 5.0, "bias": "all"}, 2e-3),
+    "HyperAdapt alpha=5 and circulant": Method(
+        {"peft_type": "HYPERADAPT", "alpha": 5.0}, 2e-3, {"structure": "circulant", "alpha": 5.0}
+    ),
     "LoRA r=2": Method({"peft_type": "LORA", "r": 2, **LINEARS}, 2e-3),
     "SURM circulant": Method({"peft_type": "SURM", "structure": "circulant", **LINEARS}, 2e-3),
 }
 SURM = {"peft_type": "SURM", **LINEARS}
 # What else was tried; not run unless it is named.
 VARIANTS = {
-    "HyperAdapt alpha=10": Method({"peft_type": "HYPERADAPT", "alpha": 10.0}, 1e-3),
-    "SURM circulant alpha=5": Method(SURM | {"alpha": 5.0}, 5e-4),
     "SURM circulant, random start": Method(SURM | {"init_weights": False}, 2e-3),
     "SURM circulant on q, k, v": Method({"peft_type": "SURM"}, 2e-3),
     "SURM circulant sequential": Method({"peft_type": "SURM", "placement": "sequential"}, 2e-3),
     "SURM symmetric Toeplitz": Method(SURM | {"structure": "toeplitz"}, 2e-3),
     "SURM general Toeplitz": Method(SURM | {"structure": "toeplitz", "symmetric": False}, 2e-3),
     "SURM LDR r=1": Method(SURM | {"structure": "ldr"}, 2e-3),
-    "SURM LDR r=2": Method(SURM | {"structure": "ldr", "r": 2}, 2e-3),
     "SURM LDR r=4": Method(SURM | {"structure": "ldr", "r": 4}, 2e-3),
     "SURM Kronecker": Method(SURM | {"structure": "kronecker"}, 2e-3),
     "LoRA r=1 on q, k, v": Method({"peft_type": "LORA", "r": 1, "target_modules": ["query", "key", "value"]}, 2e-3),
@@ -243,7 +243,7 @@ def run(task: str, method: str, rate: float, seed: int) -> dict[str, Any]:
     """Train and evaluate once, in this process."""
     values = recipe_of(task)
     values["tuner"] = copy.deepcopy(CANDIDATES[method].tuner)
-    with tempfile.TemporaryDirectory() as directory, both(CANDIDATES[method].beside):
+    with tempfile.TemporaryDirectory() as directory, both(values["tuner"], CANDIDATES[method].beside):
         values["training"] |= {"learning_rate": rate, "seed": seed, "output_dir": directory}
         result = train(recipes.check(values))
     gc.collect()
@@ -260,15 +260,15 @@ def run(task: str, method: str, rate: float, seed: int) -> dict[str, Any]:
 
 
 @contextmanager
-def both(config: dict[str, Any] | None) -> Iterator[None]:
-    """With a config, let `train` add a SURM adapter of it to a HyperAdapt, both active and trained, and save neither."""
-    if config is None:
+def both(tuner: dict[str, Any], beside: dict[str, Any] | None) -> Iterator[None]:
+    """With a second config, let `train` add a SURM adapter of it to a HyperAdapt, both trained, and save neither."""
+    if beside is None:
         yield
         return
 
     def adapted(recipe: recipes.Recipe, model: PreTrainedModel) -> PeftMixedModel:
-        mixed = get_peft_model(model, HyperAdaptConfig(), mixed=True)
-        mixed.add_adapter("surm", SurmConfig(**config))
+        mixed = get_peft_model(model, HyperAdaptConfig(alpha=tuner["alpha"]), mixed=True)
+        mixed.add_adapter("surm", SurmConfig(**beside))
         mixed.set_adapter(["default", "surm"])
         for name in head(recipe, model):
             model.get_submodule(name).requires_grad_(True)

@@ -172,6 +172,54 @@ def quality_rates(task: str, method: str) -> str:
     return table(["learning rate", "seeds", "validation, %", "test, %"], lines)
 
 
+def quality_recipe() -> str:
+    """HyperAdapt at its own best rate and at those that are best for LoRA, task by task: test, of how many seeds."""
+    lines = []
+    for task in quality_tasks():
+        methods = runs.by_rate(read(f"quality/{task}")["runs"])
+        rates = methods["HyperAdapt"]
+        line = [task, _at(rates, runs.best_rate(rates))]
+        lines.append(line + [_at(rates, runs.best_rate(methods[lora])) for lora in ("LoRA r=1", "LoRA r=8")])
+    return table(["task", "at its own best rate", "at the best of LoRA r=1", "at the best of LoRA r=8"], lines, left=4)
+
+
+def _at(rates: dict[float, dict[int, dict[str, Any]]], rate: float) -> str:
+    seeds = rates.get(rate, {})
+    score = f"{mean_and_error([run['test'] for run in seeds.values()])} ({len(seeds)})" if seeds else "not run"
+    return f"{rate:g}: {score}"
+
+
+def best_by_size() -> str:
+    """The method with the best mean validation score of those that train at most a share of LoRA r=8's numbers."""
+    shares = {"1/8": 1 / 8, "1/3": 1 / 3, "1": 1.0}
+    lines = []
+    for task in quality_tasks():
+        methods = {name: seeds for name, seeds in chosen(task).items() if len(seeds) > 1}
+        whole, line = _trained(methods["LoRA r=8"]), [task]
+        for share in shares.values():
+            fitting = [name for name, seeds in methods.items() if _trained(seeds) <= share * whole]
+            best = max(fitting, key=lambda name: statistics.mean(run["validation"] for run in methods[name].values()))
+            line.append(f"{best}: {mean_and_error([run['test'] for run in methods[best].values()])}")
+        lines.append(line)
+    return table(["task", *(f"at most {share} of LoRA r=8" for share in shares)], lines, left=4)
+
+
+def _trained(seeds: dict[int, dict[str, Any]]) -> int:
+    return next(iter(seeds.values()))["trainable_outside_head"]
+
+
+def known_update() -> str:
+    """The error that is left of a known update, by method."""
+    rows = read("known_update")["rows"]
+    kinds = list(dict.fromkeys(row["update"] for row in rows))
+    errors = {(row["method"], row["update"]): row["error"] for row in rows}
+    trained = {row["method"]: row["trained"] for row in rows}
+    return table(
+        ["method", "trained", *kinds],
+        [[m, f"{size:,}", *(f"{errors[m, kind]:.2f}" for kind in kinds)] for m, size in trained.items()],
+    )
+
+
 def bench(name: str = "bench/bench") -> str:
     """Speed and memory of a training step."""
     mebi = 2**20
@@ -311,8 +359,8 @@ def command_line() -> str:
 FUNCTIONS = {
     function.__name__: function
     for function in (
-        approximation, bench, command_line, comparison, conformance, forgetting, fuzz, include, mixed_batch, paired, patches,
-        quality, quality_rates, quality_summary, quality_tables, ranks, skips, sweep, value, versions, vllm,
-        vllm_slots,
+        approximation, bench, best_by_size, command_line, comparison, conformance, forgetting, fuzz, include, known_update,
+        mixed_batch, paired, patches, quality, quality_rates, quality_recipe, quality_summary, quality_tables, ranks, skips,
+        sweep, value, versions, vllm, vllm_slots,
     )
 }  # fmt: skip

@@ -17,7 +17,7 @@ class HyperAdaptConfig(TargetConfig):
         sides (`Literal["both", "row", "column"]`):
             Which scales are trained: of an n x m weight the n of its rows, the m of its columns, or (default) both.
         alpha (`float`):
-            The factor of what is trained: a scale is `1 + alpha * d`, with d trained and saved. 5.0 by default. Adam's
+            The factor of what is trained: a scale is `1 + alpha * d`, with d trained and saved. 10.0 by default. Adam's
             steps do not depend on a gradient's size, so the scales move by alpha times the learning rate.
         save_memory (`bool`):
             Whether training keeps the layers' inputs and outputs, which only the scales' own gradients need, in 8 bits
@@ -35,7 +35,7 @@ class HyperAdaptConfig(TargetConfig):
     """
 
     sides: Literal["both", "row", "column"] = "both"
-    alpha: Union[float, int] = 5.0
+    alpha: Union[float, int] = 10.0
     save_memory: bool = False
     target_parameters: Optional[list[str]] = None
 
