@@ -15,10 +15,11 @@ import copy
 import gc
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -39,11 +40,15 @@ LINEARS = {"target_modules": "all-linear"}
 
 
 class Method(NamedTuple):
-    """A method's `tuner` section, the middle of the rates it begins with, and a second adapter on the same layers."""
+    """A method's `tuner` section, the middle of the rates it begins with, and what it has of its own.
+
+    That is a second adapter on the same layers, or changes of the `training` section.
+    """
 
     tuner: dict[str, Any]
     rate: float
     beside: dict[str, Any] | None = None
+    training: Mapping[str, Any] = MappingProxyType({})
 
 
 METHODS = {
@@ -67,6 +72,8 @@ METHODS = {
 SURM = {"peft_type": "SURM", **LINEARS}
 # What else was tried; not run unless it is named.
 VARIANTS = {
+    "HyperAdapt, weight decay 0.01": Method({"peft_type": "HYPERADAPT"}, 1e-3, training={"weight_decay": 0.01}),
+    "HyperAdapt, weight decay 0.1": Method({"peft_type": "HYPERADAPT"}, 1e-3, training={"weight_decay": 0.1}),
     "SURM circulant, random start": Method(SURM | {"init_weights": False}, 2e-3),
     "SURM circulant on q, k, v": Method({"peft_type": "SURM"}, 2e-3),
     "SURM circulant sequential": Method({"peft_type": "SURM", "placement": "sequential"}, 2e-3),
@@ -243,6 +250,7 @@ def run(task: str, method: str, rate: float, seed: int) -> dict[str, Any]:
     """Train and evaluate once, in this process."""
     values = recipe_of(task)
     values["tuner"] = copy.deepcopy(CANDIDATES[method].tuner)
+    values["training"] |= CANDIDATES[method].training
     with tempfile.TemporaryDirectory() as directory, both(values["tuner"], CANDIDATES[method].beside):
         values["training"] |= {"learning_rate": rate, "seed": seed, "output_dir": directory}
         result = train(recipes.check(values))

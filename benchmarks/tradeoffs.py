@@ -23,14 +23,15 @@ ROWS = {
 }  # fmt: skip
 COLOURS = {
     "HyperAdapt": "#d9552b", "LoRA r=1": "#3b6fb6", "LoRA r=2": "#5c8fd0", "LoRA r=8": "#1c3f70", "IA3": "#4a9d5b",
-    "full fine-tuning": "#444444", "SURM circulant": "#b08900", "HyperAdapt and biases": "#f0936f",
-    "HyperAdapt and circulant": "#8a4fa3", "MiSS r=1": "#7b6f64", "VeRA": "#c06c9b", "RoAd": "#2fa3a3", "C3A": "#9aa53b",
+    "full fine-tuning": "#444444", "SURM circulant": "#b08900", "HyperAdapt alpha=5": "#f0936f",
+    "HyperAdapt alpha=5 and circulant": "#8a4fa3", "MiSS r=1": "#7b6f64", "VeRA": "#c06c9b", "RoAd": "#2fa3a3", "C3A": "#9aa53b",
 }  # fmt: skip
 
 
 def methods_of(task: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Method -> its runs at its best rate, of methods that have more than one."""
-    return {method: list(runs.values()) for method, runs in chosen(task["runs"]).items() if len(runs) > 1}
+    """Method -> its runs at its best rate, of methods that have a colour and more than one run."""
+    runs = chosen(task["runs"])
+    return {method: list(runs[method].values()) for method in COLOURS if len(runs.get(method, ())) > 1}
 
 
 def draw_size(tasks: dict[str, dict[str, list[dict[str, Any]]]]) -> Figure:

@@ -115,11 +115,12 @@ def difference(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]
     return interval([100 * (ours[seed]["test"] - theirs[seed]["test"]) for seed in ours.keys() & theirs.keys()])
 
 
-def quality(task: str) -> str:
-    """Methods of one task: scores in percent, and the differences to LoRA of equal and of eight times the size."""
+def quality(task: str, *some_methods: str) -> str:
+    """All or some methods of a task: scores in percent, and the differences to LoRA of equal and of eight times the size."""
     methods = chosen(task)
     lines = []
-    for method, seeds in methods.items():
+    for method in some_methods or methods:
+        seeds = methods[method]
         some = next(iter(seeds.values()))
         line = [method, f"{some['trainable_outside_head']:,}", f"{some['learning_rate']:g}", len(seeds)]
         line += [mean_and_error([run[split] for run in seeds.values()]) for split in ("validation", "test")]
@@ -159,7 +160,7 @@ def quality_tables() -> str:
     parts = []
     for task in quality_tasks():
         command = read(f"quality/{task}")["command"]
-        parts.append(f"### {task}\n\n```bash\n{command}\n```\n\n{quality(task)}")
+        parts.append(f"#### {task}\n\n```bash\n{command}\n```\n\n{quality(task)}")
     return "\n\n".join(parts)
 
 
@@ -170,6 +171,22 @@ def quality_rates(task: str, method: str) -> str:
         scores = (mean_and_error([run[split] for run in seeds.values()]) for split in ("validation", "test"))
         lines.append([f"{rate:g}", len(seeds), *scores])
     return table(["learning rate", "seeds", "validation, %", "test, %"], lines)
+
+
+def quality_overview(*some_methods: str) -> str:
+    """Test scores in percent of some methods, task by task."""
+    lines = []
+    for task in quality_tasks():
+        methods = chosen(task)
+        line = [mean_and_error([run["test"] for run in methods[name].values()]) for name in some_methods]
+        lines.append([task, *line])
+    return table(["task", *some_methods], lines)
+
+
+def surm_tried() -> str:
+    """Every structure, placement, start and choice of layers that was tried, beside LoRA of equal size, on CIFAR-10."""
+    names = chosen("cifar10")
+    return quality("cifar10", *(name for name in names if name.startswith(("SURM", "LoRA r=1"))))
 
 
 def quality_recipe() -> str:
@@ -360,7 +377,7 @@ FUNCTIONS = {
     function.__name__: function
     for function in (
         approximation, bench, best_by_size, command_line, comparison, conformance, forgetting, fuzz, include, known_update,
-        mixed_batch, paired, patches, quality, quality_rates, quality_recipe, quality_summary, quality_tables, ranks, skips,
-        sweep, value, versions, vllm, vllm_slots,
+        mixed_batch, paired, patches, quality, quality_overview, quality_rates, quality_recipe, quality_summary,
+        quality_tables, ranks, skips, surm_tried, sweep, value, versions, vllm, vllm_slots,
     )
 }  # fmt: skip
