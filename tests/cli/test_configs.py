@@ -155,7 +155,8 @@ def test_the_committed_tables_are_those_of_the_committed_runs(path, tmp_path, mo
         file.unlink()
     alpha = 5.0 if path.stem == "film_reviews" else 1.0  # what the default was when they ran, or did not exist
     for file in tmp_path.glob("benchmarks/results/**/metrics.json"):
-        metrics = json.loads(file.read_text().replace('"embedded:', '".cache/embedded/'))  # as recipes named the assets
+        # as recipes named the assets
+        metrics = json.loads(file.read_text().replace('"embedded:', '".cache/embedded/'))
         if metrics["recipe"]["tuner"]["peft_type"] == "HYPERADAPT":
             metrics["recipe"]["tuner"].setdefault("alpha", alpha)
         file.write_text(json.dumps(metrics))
