@@ -1,7 +1,7 @@
 """Where does rank matter? A known update of one encoder block, learned by methods of several sizes.
 
     python -m benchmarks.embedded minilm movie-reviews
-    python -m benchmarks.known_update [--steps 200]
+    python -m benchmarks.known_update [--steps 100]
 
 The six linear layers of MiniLM's first block are changed by an update of which everything is known: of rank 4, of full rank
 (Gaussian), or by scales of rows and columns (full rank as well). Each is STRENGTH times as large as the weight, by
@@ -104,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.known_update", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args()
     x, rows = inputs(), []
     for kind in tqdm(UPDATES, desc="updates"):

@@ -5,7 +5,8 @@
 
 A method begins with three rates, each half of the next, under the first seed. The rate with the best mean validation
 score so far is run under further seeds; where it is the lowest or the highest, the grid is widened on that side. That
-goes on until the best rate has all seeds and a neighbour on both sides. All methods of a task share all but the tuner
+goes on until the best rate has all seeds and a neighbour on both sides, or there are eight rates. Of rates that score the
+same, as where none learns, it is widened to higher ones. All methods of a task share all but the tuner
 and the rate. Every run is kept in benchmarks/results/quality/<task>.json, and none is repeated. The methods take turns,
 one run each, so that a stop leaves all about as far.
 """
@@ -14,6 +15,7 @@ import argparse
 import copy
 import gc
 import json
+import statistics
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +39,7 @@ from hyperadapt_peft.cli.train import train
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 LINEARS = {"target_modules": "all-linear"}
+MOST_RATES = 8
 
 
 class Method(NamedTuple):
@@ -238,9 +241,11 @@ def next_run(method: str, results: dict[str, Any], seeds: int, given: list[float
         if rate not in rates:
             return rate, 0
     best = best_rate(rates)
-    if best == max(rates):
-        return 2 * best, 0
-    if best == min(rates):
+    scores = {rate: statistics.mean(run["validation"] for run in runs.values()) for rate, runs in rates.items()}
+    equals = [rate for rate, score in scores.items() if score == scores[best]]
+    if len(rates) < MOST_RATES and max(equals) == max(rates):
+        return 2 * max(rates), 0
+    if len(rates) < MOST_RATES and equals == [min(rates)]:
         return best / 2, 0
     missing = [seed for seed in range(seeds) if seed not in rates[best]]
     return (best, missing[0]) if missing else None

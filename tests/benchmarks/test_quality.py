@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.quality import METHODS, next_run
+from benchmarks.quality import METHODS, MOST_RATES, next_run
 from benchmarks.runs import chosen
 
 
@@ -27,6 +27,16 @@ def test_a_rate_that_fails_with_a_second_seed_is_left():
         validation = {1e-3: 0.8, 2e-3: 0.0 if seed else 0.9}.get(rate, 0.1)
         runs.append({"method": "HyperAdapt", "learning_rate": rate, "seed": seed, "validation": validation})
     assert {run["learning_rate"] for run in chosen(runs)["HyperAdapt"].values()} == {1e-3}
+
+
+def test_where_no_rate_learns_higher_ones_are_tried_and_not_forever():
+    runs = []
+    while following := next_run("HyperAdapt", {"runs": runs}, 3, []):
+        rate, seed = following
+        runs.append({"method": "HyperAdapt", "learning_rate": rate, "seed": seed, "validation": 0.7})
+    rates = sorted({run["learning_rate"] for run in runs})
+    assert len(rates) == MOST_RATES and rates[0] == METHODS["HyperAdapt"].rate / 2
+    assert len(runs) == MOST_RATES + 2
 
 
 def test_given_rates_have_all_seeds_and_no_others_run():
