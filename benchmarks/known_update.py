@@ -155,7 +155,7 @@ def draw(rows: list[dict[str, Any]]) -> Any:
         )
         for row, colour in zip((row for row in ours if row not in lora), ("#d9552b", "#b08900"), strict=True):
             axes.plot(row["trained"], row["error"], "o", color=colour, label=row["method"])
-        axes.set(xscale="log", title=kind, ylim=(0, 1.05))
+        axes.set(xscale="log", title=kind, ylim=(-0.04, 1.04))
         axes.grid(alpha=0.25)
     figure.supxlabel("trained parameters", fontsize=10)
     figure.supylabel("error that is left", fontsize=10)

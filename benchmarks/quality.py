@@ -85,7 +85,9 @@ VARIANTS = {
     "SURM LDR r=1": Method(SURM | {"structure": "ldr"}, 2e-3),
     "SURM LDR r=4": Method(SURM | {"structure": "ldr", "r": 4}, 2e-3),
     "SURM Kronecker": Method(SURM | {"structure": "kronecker"}, 2e-3),
-    "LoRA r=1 on q, k, v": Method({"peft_type": "LORA", "r": 1, "target_modules": ["query", "key", "value"]}, 2e-3),
+    "LoRA r=1 on q, k, v": Method(
+        {"peft_type": "LORA", "r": 1, "target_modules": ["query", "key", "value", "q_proj", "k_proj", "v_proj"]}, 2e-3
+    ),
 }
 CANDIDATES = METHODS | VARIANTS
 TRAINING = {
