@@ -1,7 +1,7 @@
 """`python -m benchmarks.tradeoffs`: quality against size and against cost, from the committed results.
 
-Writes benchmarks/results/quality/size.png, a panel for each task of `benchmarks.quality`, and cost.png: the mean over the
-tasks of the difference to LoRA r=8 against a training step's time, of `hyperadapt bench`.
+Writes benchmarks/results/quality/size.png, a panel for each task of `benchmarks.quality`, and cost.png: the difference to
+LoRA r=8, a dot for each task, against a training step's time and memory, of `hyperadapt bench`.
 """
 
 import json
@@ -65,31 +65,33 @@ def draw_size(tasks: dict[str, dict[str, list[dict[str, Any]]]]) -> Figure:
 
 
 def draw_cost(tasks: dict[str, dict[str, list[dict[str, Any]]]], rows: dict[str, dict[str, Any]]) -> Figure:
-    figure = Figure(figsize=(8, 3.6), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(8, 3.8), dpi=150, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     for method, row in ROWS.items():
         differences = [
-            100
-            * (
-                statistics.mean(run["test"] for run in methods[method])
-                - statistics.mean(run["test"] for run in methods["LoRA r=8"])
-            )
+            100 * (_mean(methods[method]) - _mean(methods["LoRA r=8"]))
             for methods in tasks.values()
             if method in methods and "LoRA r=8" in methods
         ]
-        if differences:
-            axes.plot(
-                rows[row]["step_ratio"],
-                statistics.mean(differences),
-                "o",
-                color=COLOURS[method],
-                label=f"{method} ({len(differences)} tasks)",
-            )
-    axes.set(xlabel="training step, x the frozen model's", ylabel="test beside LoRA r=8, points")
-    axes.axhline(0, color="#999", linewidth=1)
-    axes.grid(alpha=0.25)
-    figure.legend(loc="outside right center", frameon=False, fontsize=9)
+        for axes, key, unit in zip(panels, ("step_ratio", "saved_bytes"), (1, 2**20), strict=True):
+            if differences:
+                places = [rows[row][key] / unit] * len(differences)
+                label = f"{method} ({len(differences)})"
+                axes.plot(places, differences, "o", color=COLOURS[method], alpha=0.8, label=label)
+    for axes, label in zip(
+        panels, ("training step, x the frozen model's", "kept for the backward pass, MiB"), strict=True
+    ):
+        axes.set(xlabel=label)
+        axes.axhline(0, color="#999", linewidth=1)
+        axes.grid(alpha=0.25)
+    panels[0].set(ylabel="test beside LoRA r=8, points")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     return figure
+
+
+def _mean(runs: list[dict[str, Any]]) -> float:
+    return statistics.mean(run["test"] for run in runs)
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ def test_the_pages_are_filled_from_the_results():
 
 def test_the_readmes_table_is_that_of_the_results():
     text = README.read_text()
-    assert hooks.quality_overview("HyperAdapt", "LoRA r=1", "LoRA r=8") in text
+    assert hooks.quality_overview("HyperAdapt", "SURM Kronecker", "LoRA r=1", "LoRA r=8") in text
     higher = dict.fromkeys(("LoRA r=1", "LoRA r=8"), 0)
     tasks = hooks.quality_tasks()
     for task in tasks:
