@@ -114,7 +114,7 @@ def main() -> None:
             if isinstance(layer, torch.nn.Linear):
                 layer.weight += update(layer.weight, kind)
         with torch.no_grad():
-            y = {split: outputs(teacher, rows) for split, rows in x.items()}
+            y = {split: outputs(teacher, hidden) for split, hidden in x.items()}
             unchanged = torch.nn.functional.mse_loss(outputs(block(), x["test"]), y["test"]).item()
         for method, config in tqdm(configs().items(), desc=kind, leave=False):
             runs = {rate: learn(config, rate, x, y, args.steps) for rate in RATES}

@@ -5,17 +5,16 @@
 
 A method begins with three rates, each half of the next, under the first seed. The rate with the best mean validation
 score so far is run under further seeds; where it is the lowest or the highest, the grid is widened on that side. That
-goes on until the best rate has all seeds and a neighbour on both sides, or there are eight rates. Of rates that score the
-same, as where none learns, it is widened to higher ones. All methods of a task share all but the tuner
-and the rate. Every run is kept in benchmarks/results/quality/<task>.json, and none is repeated. The methods take turns,
-one run each, so that a stop leaves all about as far.
+goes on until the best rate has all seeds and a neighbour on both sides, or there are eight rates. Where rates score the
+same, as where none learns, it is widened to higher ones. All methods of a task share all but the tuner and the rate, but
+for what VARIANTS says. Every run is kept in benchmarks/results/quality/<task>.json, and none is repeated. The methods
+take turns, one run each, so that a stop leaves all about as far.
 """
 
 import argparse
 import copy
 import gc
 import json
-import statistics
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from peft import PeftMixedModel, get_peft_model
 from tqdm import tqdm
 from transformers import PreTrainedModel, logging
 
-from benchmarks.runs import best_rate, by_rate
+from benchmarks.runs import best_rate, by_rate, mean
 from hyperadapt_peft import HyperAdaptConfig, SurmConfig
 from hyperadapt_peft.cli import recipe as recipes
 from hyperadapt_peft.cli import train as training
@@ -242,8 +241,7 @@ def next_run(method: str, results: dict[str, Any], seeds: int, given: list[float
         if rate not in rates:
             return rate, 0
     best = best_rate(rates)
-    scores = {rate: statistics.mean(run["validation"] for run in runs.values()) for rate, runs in rates.items()}
-    equals = [rate for rate, score in scores.items() if score == scores[best]]
+    equals = [rate for rate, runs in rates.items() if mean(runs, "validation") == mean(rates[best], "validation")]
     if len(rates) < MOST_RATES and max(equals) == max(rates):
         return 2 * max(rates), 0
     if len(rates) < MOST_RATES and equals == [min(rates)]:
@@ -257,7 +255,7 @@ def run(task: str, method: str, rate: float, seed: int) -> dict[str, Any]:
     values = recipe_of(task)
     values["tuner"] = copy.deepcopy(CANDIDATES[method].tuner)
     values["training"] |= CANDIDATES[method].training
-    with tempfile.TemporaryDirectory() as directory, both(values["tuner"], CANDIDATES[method].beside):
+    with tempfile.TemporaryDirectory() as directory, both(CANDIDATES[method].beside):
         values["training"] |= {"learning_rate": rate, "seed": seed, "output_dir": directory}
         result = train(recipes.check(values))
     gc.collect()
@@ -274,14 +272,15 @@ def run(task: str, method: str, rate: float, seed: int) -> dict[str, Any]:
 
 
 @contextmanager
-def both(tuner: dict[str, Any], beside: dict[str, Any] | None) -> Iterator[None]:
+def both(beside: dict[str, Any] | None) -> Iterator[None]:
     """With a second config, let `train` add a SURM adapter of it to a HyperAdapt, both trained, and save neither."""
     if beside is None:
         yield
         return
 
     def adapted(recipe: recipes.Recipe, model: PreTrainedModel) -> PeftMixedModel:
-        mixed = get_peft_model(model, HyperAdaptConfig(alpha=tuner["alpha"]), mixed=True)
+        scales: Any = recipe.peft_config
+        mixed = get_peft_model(model, HyperAdaptConfig(alpha=scales.alpha), mixed=True)
         mixed.add_adapter("surm", SurmConfig(**beside))
         mixed.set_adapter(["default", "surm"])
         for name in head(recipe, model):

@@ -15,9 +15,14 @@ def by_rate(runs: list[dict[str, Any]]) -> dict[str, dict[float, Seeds]]:
     return {method: dict(sorted(rates.items())) for method, rates in methods.items()}
 
 
+def mean(seeds: Seeds, split: str) -> float:
+    """The mean score on a split over the seeds."""
+    return statistics.mean(run[split] for run in seeds.values())
+
+
 def best_rate(rates: dict[float, Seeds]) -> float:
     """The rate with the best mean validation score over the seeds it has; of equals the lowest."""
-    return max(rates, key=lambda rate: statistics.mean(run["validation"] for run in rates[rate].values()))
+    return max(rates, key=lambda rate: mean(rates[rate], "validation"))
 
 
 def chosen(runs: list[dict[str, Any]]) -> dict[str, Seeds]:

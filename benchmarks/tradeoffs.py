@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from benchmarks.runs import chosen
+from benchmarks.runs import Seeds, chosen, mean
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,22 +28,22 @@ COLOURS = {
 }  # fmt: skip
 
 
-def methods_of(task: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Method -> its runs at its best rate, of methods that have a colour and more than one run."""
+def methods_of(task: dict[str, Any]) -> dict[str, Seeds]:
+    """Method -> its runs at its best rate by seed, of methods that have a colour and more than one run."""
     runs = chosen(task["runs"])
-    return {method: list(runs[method].values()) for method in COLOURS if len(runs.get(method, ())) > 1}
+    return {method: runs[method] for method in COLOURS if len(runs.get(method, ())) > 1}
 
 
-def draw_size(tasks: dict[str, dict[str, list[dict[str, Any]]]]) -> Figure:
+def draw_size(tasks: dict[str, dict[str, Seeds]]) -> Figure:
     columns = min(3, len(tasks))
     lines = -(-len(tasks) // columns)
     figure = Figure(figsize=(8, 2.5 * lines + 0.6), dpi=150, layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, (task, methods) in zip(panels, tasks.items(), strict=False):
         for method, runs in methods.items():
-            scores = [100 * run["test"] for run in runs]
+            scores = [100 * run["test"] for run in runs.values()]
             error = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0
-            size = runs[0]["trainable_outside_head"]
+            size = next(iter(runs.values()))["trainable_outside_head"]
             axes.errorbar(
                 size, statistics.mean(scores), error, fmt="o", capsize=3, color=COLOURS[method], label=method
             )
@@ -64,20 +64,21 @@ def draw_size(tasks: dict[str, dict[str, list[dict[str, Any]]]]) -> Figure:
     return figure
 
 
-def draw_cost(tasks: dict[str, dict[str, list[dict[str, Any]]]], rows: dict[str, dict[str, Any]]) -> Figure:
+def draw_cost(tasks: dict[str, dict[str, Seeds]], rows: dict[str, dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(8, 3.8), dpi=150, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for method, row in ROWS.items():
         differences = [
-            100 * (_mean(methods[method]) - _mean(methods["LoRA r=8"]))
+            100 * (mean(methods[method], "test") - mean(methods["LoRA r=8"], "test"))
             for methods in tasks.values()
             if method in methods and "LoRA r=8" in methods
         ]
+        if not differences:
+            continue
         for axes, key, unit in zip(panels, ("step_ratio", "saved_bytes"), (1, 2**20), strict=True):
-            if differences:
-                places = [rows[row][key] / unit] * len(differences)
-                label = f"{method} ({len(differences)})"
-                axes.plot(places, differences, "o", color=COLOURS[method], alpha=0.8, label=label)
+            places = [rows[row][key] / unit] * len(differences)
+            label = f"{method} ({len(differences)})"
+            axes.plot(places, differences, "o", color=COLOURS[method], alpha=0.8, label=label)
     for axes, label in zip(
         panels, ("training step, x the frozen model's", "kept for the backward pass, MiB"), strict=True
     ):
@@ -88,10 +89,6 @@ def draw_cost(tasks: dict[str, dict[str, list[dict[str, Any]]]], rows: dict[str,
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     return figure
-
-
-def _mean(runs: list[dict[str, Any]]) -> float:
-    return statistics.mean(run["test"] for run in runs)
 
 
 def main() -> None:

@@ -216,7 +216,7 @@ def best_by_size() -> str:
         whole, line = _trained(methods["LoRA r=8"]), [task]
         for share in shares.values():
             fitting = [name for name, seeds in methods.items() if _trained(seeds) <= share * whole]
-            best = max(fitting, key=lambda name: statistics.mean(run["validation"] for run in methods[name].values()))
+            best = max(fitting, key=lambda name: runs.mean(methods[name], "validation"))
             line.append(f"{best}: {mean_and_error([run['test'] for run in methods[best].values()])}")
         lines.append(line)
     return table(["task", *(f"at most {share} of LoRA r=8" for share in shares)], lines, left=4)

@@ -3,11 +3,12 @@
 import importlib.util
 import json
 import re
-import statistics
 from pathlib import Path
 
 import pytest
 from transformers import RobertaConfig, RobertaForSequenceClassification
+
+from benchmarks import runs
 
 from .tiny import SIZES, build
 
@@ -72,10 +73,7 @@ def test_the_readmes_table_is_that_of_the_results():
     higher = dict.fromkeys(("LoRA r=1", "LoRA r=8"), 0)
     tasks = hooks.quality_tasks()
     for task in tasks:
-        means = {
-            method: statistics.mean(run["test"] for run in seeds.values())
-            for method, seeds in hooks.chosen(task).items()
-        }
+        means = {method: runs.mean(seeds, "test") for method, seeds in hooks.chosen(task).items()}
         for method in higher:
             higher[method] += means[method] > means["HyperAdapt"]
         best = means["SURM Kronecker"] > max(means["LoRA r=1"], means["LoRA r=8"])

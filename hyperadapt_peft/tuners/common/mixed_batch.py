@@ -66,8 +66,7 @@ def read_weight(modules: nn.ModuleDict, adapter_name: str) -> Optional[torch.Ten
     module: Any = modules._modules.get(adapter_name)
     if module is None:
         return None
-    weight = module._parameters.get("weight")
-    return module() if weight is None or module._forward_pre_hooks or "forward" in module.__dict__ else weight
+    return module() if _is_called(module) else module._parameters["weight"]
 
 
 def stack_weights(modules: nn.ModuleDict, adapter_names: list[str]) -> Optional[torch.Tensor]:

@@ -28,7 +28,9 @@ def scale(
     if shift is not None:
         shift = shift.to(x.dtype)
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return _scale(x, offset if offset.dtype == x.dtype else offset.to(x.dtype), factor, shift)
+        if offset.dtype != x.dtype:  # asking is faster than a `to` with nothing to do
+            offset = offset.to(x.dtype)
+        return _scale(x, offset, factor, shift)
     return _Scale.apply(x, offset, offset.detach().to(x.dtype), factor, shift, save_memory)
 
 
