@@ -38,6 +38,7 @@ from hyperadapt_peft.cli.train import train
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 LINEARS = {"target_modules": "all-linear"}
+QKV = {"target_modules": ["query", "key", "value", "q_proj", "k_proj", "v_proj"]}
 SURM = {"peft_type": "SURM", **LINEARS}
 MOST_RATES = 8
 
@@ -70,22 +71,29 @@ METHODS = {
         {"peft_type": "HYPERADAPT", "alpha": 5.0}, 2e-3, {"structure": "circulant", "alpha": 5.0}
     ),
     "LoRA r=2": Method({"peft_type": "LORA", "r": 2, **LINEARS}, 2e-3),
-    "SURM circulant": Method(SURM, 2e-3),
-    "SURM Kronecker": Method(SURM | {"structure": "kronecker"}, 4e-3),
+    "SURM circulant": Method(SURM | {"structure": "circulant"}, 1e-3),
+    "SURM Kronecker": Method(SURM | {"structure": "kronecker"}, 1e-3),
 }
 # What else was tried; not run unless it is named.
 VARIANTS = {
     "HyperAdapt, weight decay 0.01": Method({"peft_type": "HYPERADAPT"}, 1e-3, training={"weight_decay": 0.01}),
     "HyperAdapt, weight decay 0.1": Method({"peft_type": "HYPERADAPT"}, 1e-3, training={"weight_decay": 0.1}),
-    "SURM circulant, random start": Method(SURM | {"init_weights": False}, 2e-3),
-    "SURM circulant on q, k, v": Method({"peft_type": "SURM"}, 2e-3),
-    "SURM circulant sequential": Method({"peft_type": "SURM", "placement": "sequential"}, 2e-3),
-    "SURM symmetric Toeplitz": Method(SURM | {"structure": "toeplitz"}, 2e-3),
-    "SURM LDR r=1": Method(SURM | {"structure": "ldr"}, 2e-3),
-    "SURM LDR r=4": Method(SURM | {"structure": "ldr", "r": 4}, 2e-3),
-    "LoRA r=1 on q, k, v": Method(
-        {"peft_type": "LORA", "r": 1, "target_modules": ["query", "key", "value", "q_proj", "k_proj", "v_proj"]}, 2e-3
+    "SURM circulant alpha=1": Method(SURM | {"structure": "circulant", "alpha": 1.0}, 2e-3),
+    "SURM Kronecker alpha=1": Method(SURM | {"structure": "kronecker", "alpha": 1.0}, 4e-3),
+    "SURM circulant alpha=1, random start": Method(
+        SURM | {"structure": "circulant", "alpha": 1.0, "init_weights": False}, 2e-3
     ),
+    "SURM circulant alpha=1 on q, k, v": Method(SURM | {"structure": "circulant", "alpha": 1.0} | QKV, 2e-3),
+    "SURM circulant alpha=1, sequential": Method(
+        {"peft_type": "SURM", "structure": "circulant", "alpha": 1.0, "placement": "sequential"}, 2e-3
+    ),
+    "SURM symmetric Toeplitz alpha=1": Method(SURM | {"structure": "toeplitz", "alpha": 1.0}, 2e-3),
+    "SURM LDR r=1 alpha=1": Method(SURM | {"structure": "ldr", "alpha": 1.0}, 2e-3),
+    "SURM LDR r=4 alpha=1": Method(SURM | {"structure": "ldr", "r": 4, "alpha": 1.0}, 2e-3),
+    "SURM general Toeplitz": Method(SURM | {"structure": "toeplitz", "symmetric": False}, 1e-3),
+    "SURM LDR r=4": Method(SURM | {"structure": "ldr", "r": 4}, 1e-3),
+    "LoRA r=1 lora_alpha=1": Method({"peft_type": "LORA", "r": 1, "lora_alpha": 1, **LINEARS}, 4e-3),
+    "LoRA r=1 on q, k, v": Method({"peft_type": "LORA", "r": 1} | QKV, 2e-3),
 }
 CANDIDATES = METHODS | VARIANTS
 TRAINING = {

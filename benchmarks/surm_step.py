@@ -29,7 +29,7 @@ TARGETS = ["query", "key", "value"]
 METHODS = {
     "LoRA r=8": lambda: LoraConfig(r=8, target_modules=TARGETS, task_type="SEQ_CLS"),
     "LoRA r=1": lambda: LoraConfig(r=1, target_modules=TARGETS, task_type="SEQ_CLS"),
-    "circulant": lambda: SurmConfig(target_modules=TARGETS, task_type="SEQ_CLS"),
+    "circulant": lambda: SurmConfig(structure="circulant", target_modules=TARGETS, task_type="SEQ_CLS"),
     "toeplitz": lambda: SurmConfig(structure="toeplitz", target_modules=TARGETS, task_type="SEQ_CLS"),
     "kronecker": lambda: SurmConfig(structure="kronecker", target_modules=TARGETS, task_type="SEQ_CLS"),
     "ldr r=1": lambda: SurmConfig(structure="ldr", target_modules=TARGETS, task_type="SEQ_CLS"),

@@ -13,8 +13,8 @@ class SurmConfig(TargetConfig):
 
     Args:
         structure (`Literal["circulant", "toeplitz", "kronecker", "ldr"]`):
-            The structure of the trained matrix; for a square weight of width n it has 2n parameters (circulant,
-            default), 2n (symmetric Toeplitz), the fewest a Kronecker product can have, or 2nr (LDR).
+            The structure of the trained matrix; for a square weight of width n it has 2n parameters (circulant),
+            2n (symmetric Toeplitz), the fewest a Kronecker product can have (default), or 2nr (LDR).
         placement (`Literal["parallel", "sequential"]`):
             `"parallel"` (default) to the layer, as LoRA: `W' = W + alpha dW`. `"sequential"`, as Houlsby's adapters:
             `Y = X + gelu(alpha X S) + b` after the layer, with X its output; it cannot be merged.
@@ -22,22 +22,24 @@ class SurmConfig(TargetConfig):
             The displacement rank of `structure="ldr"`, 1 by default; the other structures have none.
         symmetric (`bool`):
             Whether `structure="toeplitz"` uses symmetric matrices (default) or general ones of twice the size.
-        alpha (`float`):
-            A plain factor of the update, 1.0 by default; it is not divided by `r`.
+        alpha (`Optional[float]`):
+            A plain factor of the update; it is not divided by `r`. B starts smaller by its root, so under Adam 4 times
+            the `alpha` trains as twice the learning rate. `None`, the default, is 16 for circulant matrices and
+            Kronecker products and 0.25 for the others, which makes LoRA's learning rates theirs.
         surm_dropout (`float`):
             The dropout probability of the update's input, 0.0 by default.
 
-    `target_modules=None` means the query, key and value projections for the parallel placement, and the outputs of
+    `target_modules=None` means every linear layer but the output head for the parallel placement, and the outputs of
     attention and feed-forward blocks (Houlsby's sites) for the sequential one, by the names transformers gives them.
 
     All other fields, and what is raised, are those of [`TargetConfig`]. Source: arXiv 2406.17740.
     """
 
-    structure: Literal["circulant", "toeplitz", "kronecker", "ldr"] = "circulant"
+    structure: Literal["circulant", "toeplitz", "kronecker", "ldr"] = "kronecker"
     placement: Literal["parallel", "sequential"] = "parallel"
     r: int = 1
     symmetric: bool = True
-    alpha: Union[float, int] = 1.0
+    alpha: Optional[Union[float, int]] = None
     surm_dropout: Union[float, int] = 0.0
     place: InitVar[Optional[str]] = None  # `placement` in files of format 1
 
@@ -46,6 +48,8 @@ class SurmConfig(TargetConfig):
         if place is not None:
             self.placement = {"lora": "parallel", "adapter": "sequential"}.get(place, place)
         super().__post_init__()
+        if self.alpha is None:
+            self.alpha = 16.0 if self.structure in ("circulant", "kronecker") else 0.25
         if self.r < 1:
             raise ValueError(f"`r` must be a positive integer, not {self.r!r}.")
         if self.r != 1 and self.structure != "ldr":

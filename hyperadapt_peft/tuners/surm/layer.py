@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -18,8 +19,8 @@ from .config import SurmConfig
 from .structures import Structure, get_structure
 
 
-# Standard deviation of B at the start. With A's steps of the learning rate's size, the update's entries then grow by
-# about a tenth of it to once it per step, as LoRA's do.
+# Standard deviation of B at the start with an alpha of 1. With A's steps of the learning rate's size, the update's
+# entries then grow by about a tenth of it to once it per step, as LoRA's do.
 RANDOM_STD = {"circulant": 0.1, "kronecker": 0.1, "toeplitz": 0.02, "ldr": 0.02}
 
 
@@ -57,7 +58,8 @@ class SurmLayer(TargetLayer):
 
     def reset_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """Set an adapter to a zero and a random factor; with `init_weights=False` both are random and large."""
-        std = RANDOM_STD[self.surm_config[adapter_name].structure]
+        config = self.surm_config[adapter_name]
+        std = RANDOM_STD[config.structure] / math.sqrt(abs(config.alpha) or 1.0)
         for factors, start in ((self.surm_A, 0.0), (self.surm_B, std)):
             nn.init.normal_(factors[adapter_name].get_parameter("weight"), std=start if init_weights else 0.25)
 

@@ -21,18 +21,12 @@ from .layer import Linear, SurmLayer
 from .nearest import nearest
 
 
-# What transformers' architectures call them. Parallel, the paper adapts query, key and value; sequential, it follows
-# Houlsby et al. 2019: after the last projection of attention and of the feed-forward block.
-DEFAULT_TARGETS = {
-    "parallel": (
-        "query", "key", "value", "query_proj", "key_proj", "value_proj", "q_proj", "k_proj", "v_proj", "q_lin",
-        "k_lin", "v_lin", "q", "k", "v", "c_attn", "in_proj", "qkv", "qkv_proj", "query_key_value", "Wqkv",
-    ),
-    "sequential": (
-        "o_proj", "out_proj", "out_lin", "o", "wo", "Wo", "c_proj", "down_proj", "fc2", "fc_out", "lin2", "ffn_output",
-        "dense_4h_to_h", "attention.dense", "self_attention.dense", "self_attn.dense", "output.dense", "output_dense",
-    ),
-}  # fmt: skip
+# What transformers' architectures call the last projections of attention and of the feed-forward block, after which
+# Houlsby et al. 2019 put their adapters.
+HOULSBY_SITES = (
+    "o_proj", "out_proj", "out_lin", "o", "wo", "Wo", "c_proj", "down_proj", "fc2", "fc_out", "lin2", "ffn_output",
+    "dense_4h_to_h", "attention.dense", "self_attention.dense", "self_attn.dense", "output.dense", "output_dense",
+)  # fmt: skip
 
 
 class SurmModel(TargetModel):
@@ -45,8 +39,8 @@ class SurmModel(TargetModel):
         low_cpu_mem_usage (`bool`, defaults to `False`): Create the factors on the meta device, to be loaded later.
 
     Raises:
-        ValueError: If a target module is of a kind that is not supported, or `target_modules` is None and the model
-            has none of the usual names; the model is left as it was.
+        ValueError: If a target module is of a kind that is not supported, or `target_modules` is None for a sequential
+            adapter and the model has none of the usual names; the model is left as it was.
 
     Example:
         ```py
@@ -55,7 +49,7 @@ class SurmModel(TargetModel):
         >>> from hyperadapt_peft import SurmConfig
 
         >>> model = AutoModelForSequenceClassification.from_pretrained("FacebookAI/roberta-base")
-        >>> model = get_peft_model(model, SurmConfig(structure="circulant", task_type="SEQ_CLS"))
+        >>> model = get_peft_model(model, SurmConfig(task_type="SEQ_CLS"))
         ```
 
     Source: arXiv 2406.17740.
@@ -77,7 +71,9 @@ class SurmModel(TargetModel):
 
     @classmethod
     def default_targets(cls, config: SurmConfig, model: nn.Module) -> set[str]:  # type: ignore[override]
-        endings = tuple(f".{name}" for name in DEFAULT_TARGETS[config.placement])
+        if config.placement == "parallel":
+            return super().default_targets(config, model)
+        endings = tuple(f".{name}" for name in HOULSBY_SITES)
         names = {
             key
             for key, module in outer_modules(model)
@@ -86,15 +82,17 @@ class SurmModel(TargetModel):
         }
         if not names:
             raise ValueError(
-                f"Please specify `target_modules`: this model has no module named as usual for placement={config.placement!r} "
-                f"({', '.join(DEFAULT_TARGETS[config.placement])})."
+                "Please specify `target_modules`: this model has no module named as usual for placement='sequential' "
+                f"({', '.join(HOULSBY_SITES)})."
             )
         return names
 
     @classmethod
     def resolve(cls, config: SurmConfig, model: nn.Module) -> None:  # type: ignore[override]
-        targets = set(DEFAULT_TARGETS[config.placement]) if config.target_modules is None else config.target_modules
-        fused = fused_targets(replace(config, target_modules=targets), model)
+        asked = config
+        if config.target_modules is None and config.placement == "sequential":
+            asked = replace(config, target_modules=set(HOULSBY_SITES))
+        fused = fused_targets(asked, model)
         if fused and not config.inference_mode:
             names = ", ".join(sorted(weight.name for weight in fused))
             warnings.warn(f"Not adapted, because these parameters of fused experts are no layers: {names}")

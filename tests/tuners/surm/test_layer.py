@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from peft import C3AConfig, LoKrConfig, PeftConfig, get_peft_model
+from peft import C3AConfig, LoKrConfig, LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel
@@ -256,17 +256,52 @@ def bert_base():
 @pytest.mark.parametrize(
     "config, trained",
     [
-        ({}, 55_296),
+        ({"structure": "circulant"}, 55_296),
         ({"structure": "toeplitz"}, 55_296),
         ({"structure": "kronecker"}, 55_296),
-        ({"target_modules": ["query", "value"]}, 36_864),
+        ({"structure": "circulant", "target_modules": ["query", "value"]}, 36_864),
         ({"structure": "ldr", "r": 4}, 4 * 55_296),
     ],
     ids=str,
 )
 def test_the_paper_s_parameter_counts(config, trained):
-    model = get_peft_model(bert_base(), SurmConfig(**config), low_cpu_mem_usage=True)
+    config = SurmConfig(**{"target_modules": ["query", "key", "value"], **config})
+    model = get_peft_model(bert_base(), config, low_cpu_mem_usage=True)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
+
+
+def test_the_default_is_a_kronecker_product_on_every_linear_layer_of_fewer_parameters_than_lora_s():
+    model = get_peft_model(bert_base(), SurmConfig(), low_cpu_mem_usage=True)
+    assert len(model.targeted_module_names) == 12 * 6 + 1  # and the pooler
+    lora = get_peft_model(bert_base(), LoraConfig(r=1, target_modules="all-linear"), low_cpu_mem_usage=True)
+    assert model.peft_config["default"].structure == "kronecker"
+    assert set(model.targeted_module_names) == set(lora.targeted_module_names)
+    assert model.get_nb_trainable_parameters()[0] < lora.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize("structure, alpha", {"circulant": 16, "kronecker": 16, "toeplitz": 0.25, "ldr": 0.25}.items())
+def test_alpha_is_a_gain_of_the_learning_rate(structure, alpha):
+    """Adam's steps do not depend on a gradient's size, so factors smaller by a root of alpha see a rate larger by it."""
+
+    def trained(alpha, rate):
+        torch.manual_seed(0)
+        model = get_peft_model(Wrapper(nn.Linear(6, 6)), SurmConfig(target_modules=["layer"], **alpha, **kind)).double()
+        x, y = torch.randn(2, 9, 6, dtype=torch.float64)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate, eps=1e-30)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+        return matrix(model)
+
+    kind = {"structure": structure}
+    assert SurmConfig(structure=structure).alpha == alpha
+    plain = trained({"alpha": 1.0}, 4e-3)
+    assert plain.abs().max() > 1e-4
+    torch.testing.assert_close(trained({}, 4e-3 / alpha**0.5), plain, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(trained({"alpha": -4.0}, 2e-3), plain, rtol=1e-5, atol=1e-9)
+    off = get_peft_model(Wrapper(nn.Linear(6, 6)), SurmConfig(target_modules=["layer"], alpha=0, **kind))
+    assert matrix(off).count_nonzero() == 0 and off.base_model.model.layer.surm_B["default"].weight.isfinite().all()
 
 
 def test_houlsby_sites_are_the_default_of_the_sequential_placement():
@@ -285,7 +320,7 @@ def test_circulant_is_c3a_with_one_block():
     kernel = torch.randn(8)
     c3a_layer = c3a.base_model.model.layer
     next(iter(c3a_layer.c3a_kernel.values())).data.copy_(kernel.reshape(1, 1, 8))
-    surm = get_peft_model(Wrapper(copy.deepcopy(layer)), SurmConfig(target_modules=["layer"]))
+    surm = get_peft_model(Wrapper(copy.deepcopy(layer)), SurmConfig(target_modules=["layer"], structure="circulant", alpha=1))
     ours = surm.base_model.model.layer
     ours.surm_A["default"].weight.data.copy_(kernel[-torch.arange(8) % 8] / 8)
     ours.surm_B["default"].weight.data.fill_(1)
@@ -300,7 +335,7 @@ def test_kronecker_is_lokr():
     config = LoKrConfig(target_modules=["layer"], r=8, alpha=8, decompose_factor=4)
     lokr = get_peft_model(Wrapper(copy.deepcopy(layer)), config).base_model.model.layer
     surm = get_peft_model(
-        Wrapper(copy.deepcopy(layer)), SurmConfig(target_modules=["layer"], structure="kronecker")
+        Wrapper(copy.deepcopy(layer)), SurmConfig(target_modules=["layer"], alpha=1)
     ).base_model.model.layer
     for theirs, ours in ((lokr.lokr_w1, surm.surm_A), (lokr.lokr_w2, surm.surm_B)):
         theirs["default"].data.normal_()
@@ -343,8 +378,8 @@ def test_files_of_format_1_say_place(load, tmp_path):
 
 
 def test_unknown_names_and_layers_are_refused():
-    with pytest.raises(ValueError, match="specify `target_modules`.*q_proj"):
-        get_peft_model(Wrapper(nn.Linear(4, 4)), SurmConfig())
+    with pytest.raises(ValueError, match="specify `target_modules`.*o_proj"):
+        get_peft_model(Wrapper(nn.Linear(4, 4)), SurmConfig(placement="sequential"))
     with pytest.raises(ValueError, match="layer is not supported.*Conv2d.*adapts `torch.nn.Linear`"):
         get_peft_model(Wrapper(nn.Conv2d(4, 4, 1)), SurmConfig(target_modules=["layer"]))
 
