@@ -78,6 +78,10 @@ METHODS = {
 VARIANTS = {
     "HyperAdapt, weight decay 0.01": Method({"peft_type": "HYPERADAPT"}, 1e-3, training={"weight_decay": 0.01}),
     "HyperAdapt, weight decay 0.1": Method({"peft_type": "HYPERADAPT"}, 1e-3, training={"weight_decay": 0.1}),
+    "HyperAdapt and norms": Method({"peft_type": "HYPERADAPT", "modules_to_save": ["LayerNorm"]}, 1e-3),
+    "HyperAdapt, biases and norms": Method(
+        {"peft_type": "HYPERADAPT", "bias": "all", "modules_to_save": ["LayerNorm"]}, 1e-3
+    ),
     "SURM circulant alpha=1": Method(SURM | {"structure": "circulant", "alpha": 1.0}, 2e-3),
     "SURM Kronecker alpha=1": Method(SURM | {"structure": "kronecker", "alpha": 1.0}, 4e-3),
     "SURM circulant alpha=1, random start": Method(

@@ -190,12 +190,12 @@ def surm_tried() -> str:
     return quality("cifar10", *(name for name in names if name.startswith(("SURM", "LoRA r=1"))))
 
 
-def quality_recipe() -> str:
-    """HyperAdapt at its own best rate and at those that are best for LoRA, task by task: test, of how many seeds."""
+def quality_recipe(method: str) -> str:
+    """A method at its own best rate and at those that are best for LoRA, task by task: test, of how many seeds."""
     lines = []
     for task in quality_tasks():
         methods = runs.by_rate(read(f"quality/{task}")["runs"])
-        rates = methods["HyperAdapt"]
+        rates = methods[method]
         line = [task, _at(rates, runs.best_rate(rates))]
         lines.append(line + [_at(rates, runs.best_rate(methods[lora])) for lora in ("LoRA r=1", "LoRA r=8")])
     return table(["task", "at its own best rate", "at the best of LoRA r=1", "at the best of LoRA r=8"], lines, left=4)

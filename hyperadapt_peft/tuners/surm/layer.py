@@ -59,9 +59,9 @@ class SurmLayer(TargetLayer):
     def reset_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """Set an adapter to a zero and a random factor; with `init_weights=False` both are random and large."""
         config = self.surm_config[adapter_name]
-        std = RANDOM_STD[config.structure] / math.sqrt(abs(config.alpha) or 1.0)
-        for factors, start in ((self.surm_A, 0.0), (self.surm_B, std)):
-            nn.init.normal_(factors[adapter_name].get_parameter("weight"), std=start if init_weights else 0.25)
+        root = math.sqrt(abs(config.alpha) or 1.0)
+        for factors, std in ((self.surm_A, 0.0), (self.surm_B, RANDOM_STD[config.structure])):
+            nn.init.normal_(factors[adapter_name].get_parameter("weight"), std=(std if init_weights else 0.25) / root)
 
     def matrix_shape(self, adapter_name: str) -> tuple[int, int]:
         """(out, in) of an adapter's structured matrix."""

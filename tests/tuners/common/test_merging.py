@@ -206,7 +206,7 @@ def test_merge_and_unload_holds_one_saved_weight_at_a_time(method, monkeypatch):
     finally:
         gc.enable()
     assert len(alive) == 5 and max(alive) <= 2
-    assert not any(isinstance(thing, SavedWeight) for thing in gc.get_objects())
+    assert not any(type(thing) is SavedWeight for thing in gc.get_objects())
 
 
 # Merged models that would not be the adapted ones
