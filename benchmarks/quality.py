@@ -59,7 +59,14 @@ METHODS = {
     "HyperAdapt": Method({"peft_type": "HYPERADAPT"}, 1e-3),
     "LoRA r=1": Method({"peft_type": "LORA", "r": 1, **LINEARS}, 2e-3),
     "LoRA r=8": Method({"peft_type": "LORA", "r": 8, **LINEARS}, 1e-3),
-    "IA3": Method({"peft_type": "IA3"}, 1e-2),
+    "IA3": Method(  # PEFT's targets for BERT and Llama, and their like in DINOv2, for which it has none
+        {
+            "peft_type": "IA3",
+            "target_modules": ["key", "value", "output.dense", "k_proj", "v_proj", "fc2", "down_proj"],
+            "feedforward_modules": ["output.dense", "fc2", "down_proj"],
+        },
+        1e-2,
+    ),
     "MiSS r=1": Method({"peft_type": "MISS", "r": 1, **LINEARS}, 1e-3),
     "VeRA": Method({"peft_type": "VERA", "r": 256, **LINEARS}, 8e-3),
     "RoAd": Method({"peft_type": "ROAD", **LINEARS}, 4e-3),

@@ -39,7 +39,7 @@ class SurmConfig(TargetConfig):
     placement: Literal["parallel", "sequential"] = "parallel"
     r: int = 1
     symmetric: bool = True
-    alpha: Optional[Union[float, int]] = None
+    alpha: Union[float, int] = None  # type: ignore[assignment]  # the structure's, set below
     surm_dropout: Union[float, int] = 0.0
     place: InitVar[Optional[str]] = None  # `placement` in files of format 1
 
@@ -47,9 +47,9 @@ class SurmConfig(TargetConfig):
         self.peft_type = add_peft_type("SURM")
         if place is not None:
             self.placement = {"lora": "parallel", "adapter": "sequential"}.get(place, place)
-        super().__post_init__()
         if self.alpha is None:
             self.alpha = 16.0 if self.structure in ("circulant", "kronecker") else 0.25
+        super().__post_init__()
         if self.r < 1:
             raise ValueError(f"`r` must be a positive integer, not {self.r!r}.")
         if self.r != 1 and self.structure != "ldr":

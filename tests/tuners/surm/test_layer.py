@@ -285,7 +285,9 @@ def test_alpha_is_a_gain_of_the_learning_rate(structure, alpha):
 
     def trained(alpha, rate):
         torch.manual_seed(0)
-        model = get_peft_model(Wrapper(nn.Linear(6, 6)), SurmConfig(target_modules=["layer"], **alpha, **kind)).double()
+        model = get_peft_model(
+            Wrapper(nn.Linear(6, 6)), SurmConfig(target_modules=["layer"], **alpha, **kind)
+        ).double()
         x, y = torch.randn(2, 9, 6, dtype=torch.float64)
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate, eps=1e-30)
         for _ in range(5):
@@ -320,7 +322,9 @@ def test_circulant_is_c3a_with_one_block():
     kernel = torch.randn(8)
     c3a_layer = c3a.base_model.model.layer
     next(iter(c3a_layer.c3a_kernel.values())).data.copy_(kernel.reshape(1, 1, 8))
-    surm = get_peft_model(Wrapper(copy.deepcopy(layer)), SurmConfig(target_modules=["layer"], structure="circulant", alpha=1))
+    surm = get_peft_model(
+        Wrapper(copy.deepcopy(layer)), SurmConfig(target_modules=["layer"], structure="circulant", alpha=1)
+    )
     ours = surm.base_model.model.layer
     ours.surm_A["default"].weight.data.copy_(kernel[-torch.arange(8) % 8] / 8)
     ours.surm_B["default"].weight.data.fill_(1)
