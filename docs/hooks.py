@@ -178,8 +178,7 @@ def quality_overview(*some_methods: str) -> str:
     lines = []
     for task in quality_tasks():
         methods = chosen(task)
-        found = [[run["test"] for run in methods.get(name, {}).values()] for name in some_methods]
-        line = [mean_and_error(scores) if scores else "" for scores in found]
+        line = [mean_and_error([run["test"] for run in methods[name].values()]) for name in some_methods]
         lines.append([task, *line])
     return table(["task", *some_methods], lines)
 

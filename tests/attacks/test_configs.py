@@ -39,7 +39,7 @@ WRONG = {
     "placement": ["parallel ", 1, None, [], {}, True],
     "r": [0, -1, 1.0, "8", None, True, [], {}, float("nan")],
     "symmetric": [0, 1, "yes", None, [], {}],
-    "alpha": ["1", True, [], {}, float("nan"), float("inf"), -float("inf")],
+    "alpha": ["1", None, True, [], {}, float("nan"), float("inf"), -float("inf")],
     "surm_dropout": ["0", None, True, 1, 1.5, -0.1, [], {}, float("nan")],
 }  # fmt: skip
 FIELDS = [
@@ -55,7 +55,10 @@ def test_every_wrong_value_is_named(tmp_path, config_cls, field):
     """Made in Python, read by PEFT, or read and loaded: one error, which names the field."""
     save_good("surm" if config_cls is SurmConfig else "hyperadapt", tmp_path)
     said = field.replace("_", "[ _]")  # PEFT itself says "Invalid task type"
-    for value in WRONG[field]:
+    wrong = [
+        value for value in WRONG[field] if (config_cls, field, value) != (SurmConfig, "alpha", None)
+    ]  # the structure's
+    for value in wrong:
         with pytest.raises((TypeError, ValueError), match=said):
             config_cls(**{field: value})
         edit_config(tmp_path, **{field: value})

@@ -339,7 +339,7 @@ def test_kronecker_is_lokr():
     config = LoKrConfig(target_modules=["layer"], r=8, alpha=8, decompose_factor=4)
     lokr = get_peft_model(Wrapper(copy.deepcopy(layer)), config).base_model.model.layer
     surm = get_peft_model(
-        Wrapper(copy.deepcopy(layer)), SurmConfig(target_modules=["layer"], alpha=1)
+        Wrapper(copy.deepcopy(layer)), SurmConfig(target_modules=["layer"], structure="kronecker", alpha=1)
     ).base_model.model.layer
     for theirs, ours in ((lokr.lokr_w1, surm.surm_A), (lokr.lokr_w2, surm.surm_B)):
         theirs["default"].data.normal_()
