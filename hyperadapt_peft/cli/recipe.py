@@ -47,6 +47,17 @@ class Model:
         object.__setattr__(self, "name", resolve_source("model.name", self.name))
 
 
+@dataclass
+class Training(TrainingArguments):
+    """The `training` section: what transformers' TrainingArguments take, and a rate of the head's own.
+
+    Args:
+        head_learning_rate: the learning rate of the classification head; None is the adapter's.
+    """
+
+    head_learning_rate: float | None = None
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A checked recipe. `peft_config` is None for the types FULL and NONE; `resolved` is the recipe as plain data."""
@@ -56,7 +67,7 @@ class Recipe:
     data: Data
     peft_type: str
     peft_config: PeftConfig | None
-    arguments: TrainingArguments
+    arguments: Training
     resolved: dict[str, Any]
 
 
@@ -119,10 +130,12 @@ def check(values: Mapping[str, Any]) -> Recipe:
     data = make("data", values["data"], task.data)
     if not values["training"].get("output_dir"):
         raise RecipeError("training.output_dir: missing")
-    arguments = make("training", values["training"], TrainingArguments)
+    arguments = make("training", values["training"], Training)
     for key in ("bf16_full_eval", "fp16_full_eval", "prediction_loss_only"):
         if getattr(arguments, key):  # the Trainer would round the weights being trained; or give no accuracy
             raise RecipeError(f"training.{key}: not supported")
+    if arguments.head_learning_rate is not None and not task.has_head:
+        raise RecipeError("training.head_learning_rate: this task has no classification head")
     checkpoint = arguments.resume_from_checkpoint
     if checkpoint is not None and not Path(checkpoint).is_dir():
         raise RecipeError(f"training.resume_from_checkpoint: no such directory '{checkpoint}'")

@@ -66,8 +66,26 @@ class _EpochSampler(LengthGroupedSampler):
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
-class ResumableTrainer(Trainer):
-    """A Trainer whose batches grouped by length are, after resuming, those of the uninterrupted run."""
+class RecipeTrainer(Trainer):
+    """A Trainer whose batches grouped by length are, after resuming, those of the uninterrupted run.
+
+    Parameters for whose names `is_head` holds learn at `head_learning_rate`.
+    """
+
+    is_head: Callable[[str], bool]
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        created, rate = self.optimizer is not None, self.args.head_learning_rate  # type: ignore[attr-defined]
+        optimizer = super().create_optimizer(*args)
+        if created or rate is None:
+            return optimizer
+        model: Any = args[0] if args else self.model
+        head = {parameter for name, parameter in model.named_parameters() if self.is_head(name)}
+        for group in list(optimizer.param_groups):
+            of_head = [parameter for parameter in group["params"] if parameter in head]
+            group["params"] = [parameter for parameter in group["params"] if parameter not in head]
+            optimizer.add_param_group({**group, "params": of_head, "lr": rate})
+        return optimizer
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
@@ -79,10 +97,10 @@ class ResumableTrainer(Trainer):
 
 
 # Evaluates by a forward pass, of which only the predictions are kept: logits of a vocabulary would fill the memory.
-ArgmaxTrainer = partial(ResumableTrainer, preprocess_logits_for_metrics=predict)
+ArgmaxTrainer = partial(RecipeTrainer, preprocess_logits_for_metrics=predict)
 
 
-class GenerationTrainer(ResumableTrainer):
+class GenerationTrainer(RecipeTrainer):
     """Evaluates by what the model generates, greedily, for the prompt of each row."""
 
     def __init__(self, max_new_tokens: int, answer: Callable[[str], str], **kwargs: Any) -> None:
@@ -116,7 +134,7 @@ class GenerationTrainer(ResumableTrainer):
         return loss, result, result
 
 
-class ChoiceTrainer(ResumableTrainer):
+class ChoiceTrainer(RecipeTrainer):
     """Evaluates by which completion is the most likely, per token.
 
     A batch holds the right completions first and then the others; `example` tells which of the right ones each competes

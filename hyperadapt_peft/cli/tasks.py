@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from datasets import ClassLabel, Dataset, Image
-from transformers import AutoImageProcessor, AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWithPadding, Trainer
+from transformers import AutoImageProcessor, AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from . import scoring
 from .data import Data, ImageClassificationData, PromptData, TextClassificationData
@@ -26,7 +26,7 @@ class EncodedData:
     metrics: scoring.Metrics
     labels: list[str] = field(default_factory=list)  # empty: no head; one: a regression
     keep_columns: bool = False  # the collator needs columns that are no arguments of the model
-    trainer: Callable[..., Trainer] = scoring.ArgmaxTrainer
+    trainer: Callable[..., scoring.RecipeTrainer] = scoring.ArgmaxTrainer
 
     @property
     def model_options(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,7 @@ def _trainer(recipe: Recipe, model: PreTrainedModel | PeftModel, data: EncodedDa
         return {name: metric(*scored) for name, metric in data.metrics.items()}
 
     with errors_about("training"):
-        return data.trainer(
+        trainer = data.trainer(
             model=model,
             args=recipe.arguments,
             train_dataset=data.splits["train"],
@@ -238,6 +239,8 @@ def _trainer(recipe: Recipe, model: PreTrainedModel | PeftModel, data: EncodedDa
             processing_class=data.processor,
             compute_metrics=metrics,
         )
+    trainer.is_head = partial(_is_in, _head(recipe, model))
+    return trainer
 
 
 def _check_sharding(trainer: Trainer, verify: bool) -> None:

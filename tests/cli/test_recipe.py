@@ -73,6 +73,10 @@ WRONG = {
     "reference to nowhere": (["data=none.yaml#rte"], ".*none.yaml: No such file"),
     "no samples": (["data.max_train_samples=0"], "data.max_train_samples: expected greater than or equal to 1, got 0"),
     "evaluation in bf16": (["training.bf16_full_eval=true"], "training.bf16_full_eval: not supported"),
+    "a rate for no head": (
+        ["task=causal-lm", "data={name: x}", "training.head_learning_rate=1e-3"],
+        "training.head_learning_rate: this task has no classification head",
+    ),
     "missing checkpoint": (["training.resume_from_checkpoint=x"], "training.resume_from_checkpoint: no such dir"),
     "override without value": (["training.seed"], "training.seed: expected section.key=value"),
     "override through a value": (["task.name=x"], "task.name=x: 'task' has no keys"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
@@ -63,6 +64,19 @@ def test_hyperadapt_counts_its_scales(recipe):
     metrics, _ = run(recipe(training={"max_steps": 1}))
     per_layer = 4 * (16 + 16) + 2 * (16 + 32)
     assert metrics["parameters"]["trainable_outside_head"] == 2 * per_layer + 16 + 16  # the pooler
+
+
+@pytest.mark.parametrize("peft_type", ["HYPERADAPT", "LORA"])
+def test_a_learning_rate_of_the_head_s_own(recipe, peft_type):
+    adapters = []
+    for rate in (0.01, 0.03):  # Adam's first step moves every number by its rate
+        training = {"max_steps": 1, "learning_rate": 0.02, "head_learning_rate": rate, "weight_decay": 0.1}
+        _, directory = run(recipe(tuner={"peft_type": peft_type}, training=training), "--overwrite")
+        adapters.append(load_file(directory / "adapter" / "adapter_model.safetensors"))
+    for name, one in adapters[0].items():
+        step = 0.02 if "classifier" in name else 0
+        distance = (adapters[1][name] - one).abs()
+        torch.testing.assert_close(distance, torch.full_like(one, step), rtol=0.05, atol=1e-7)
 
 
 def test_pair_from_a_saved_dataset_with_named_labels(recipe, reviews, tmp_path):
