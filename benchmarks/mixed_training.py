@@ -1,9 +1,10 @@
-"""Sixteen adapters trained by one run: a step's time beside one adapter's with as many rows, and beside sixteen runs'.
+"""Many adapters trained by one run: a step's time beside one adapter's with as many rows, and beside a run for each.
 
     python -m benchmarks.embedded minilm
     python -m benchmarks.mixed_training [--rounds 20]
 
-The encoder is MiniLM with every linear layer adapted and a head for each adapter, the batch 64 rows of 32 tokens. A step
+The encoder is MiniLM with every linear layer adapted and a head for each adapter, the batch 64 rows of 32 tokens: 16
+adapters with 4 rows each, and 4 with 16. A step
 is forward, backward and AdamW; what is compared runs in turn in one thread, whose CPU time is measured. Writes
 benchmarks/results/mixed_training.json: milliseconds per sample, and the medians of the rounds' ratios.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 from torch.nn import functional as F
+from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from benchmarks.mixed_batch import compare
@@ -24,7 +26,7 @@ from hyperadapt_peft import HyperAdaptConfig
 
 
 ROOT = Path(__file__).parents[1]
-NAMES = [f"adapter{i}" for i in range(16)]
+ADAPTERS = (16, 4)
 ROWS, TOKENS = 64, 32
 
 
@@ -52,30 +54,35 @@ def step_of(names: list[str], rows: int, **kwargs: list[str]) -> Callable[[], No
     return step
 
 
+def measure(adapters: int, rounds: int) -> dict[str, float]:
+    """Milliseconds per sample, and the medians of the rounds' ratios."""
+    names, each = [f"adapter{i}" for i in range(adapters)], ROWS // adapters
+    own = step_of(names[:1], each)
+    measured = compare(
+        {
+            f"one adapter, {ROWS} rows": step_of(names[:1], ROWS),
+            f"{adapters} adapters, {each} rows each": step_of(
+                names, ROWS, adapter_names=[name for name in names for _ in range(each)]
+            ),
+            f"{adapters} runs of {each} rows": lambda: [own() for _ in names],
+        },
+        rounds,
+    )
+    return {
+        key.replace("milliseconds", "milliseconds per sample"): value / ROWS if "milliseconds" in key else value
+        for key, value in measured.items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    each = ROWS // len(NAMES)
-    own = step_of(NAMES[:1], each)
-    measured = compare(
-        {
-            f"one adapter, {ROWS} rows": step_of(NAMES[:1], ROWS),
-            f"{len(NAMES)} adapters, {each} rows each": step_of(
-                NAMES, ROWS, adapter_names=[name for name in NAMES for _ in range(each)]
-            ),
-            f"{len(NAMES)} runs of {each} rows": lambda: [own() for _ in NAMES],
-        },
-        args.rounds,
-    )
     results = {
         "command": f"python -m benchmarks.mixed_training {' '.join(sys.argv[1:])}".strip(),
         "torch": torch.__version__,
-        **{
-            key.replace("milliseconds", "milliseconds per sample"): value / ROWS if "milliseconds" in key else value
-            for key, value in measured.items()
-        },
+        "runs": {f"{adapters} adapters": measure(adapters, args.rounds) for adapters in tqdm(ADAPTERS, unit="set-up")},
     }
     print(json.dumps(results, indent=2))
     (ROOT / "benchmarks/results/mixed_training.json").write_text(json.dumps(results, indent=2) + "\n")

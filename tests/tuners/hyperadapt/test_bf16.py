@@ -7,10 +7,11 @@ follows the offset.
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from hyperadapt_peft import HyperAdaptConfig
+from hyperadapt_peft.cli.memory import KernelCounter
 
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -75,3 +76,31 @@ def test_bf16_steps_below_half_an_ulp_add_up(adapter_dtype):
         change = model(x).double() - before
     asked = (1 + row.double().mean()) * (1 + column.double().mean()) - 1
     assert slope(change, before) == pytest.approx(asked.item(), rel=0.2)
+
+
+def test_bf16_offsets_give_the_outputs_of_fp32_ones_bit_by_bit_without_casts():
+    kernels, outputs = [], []
+    for adapter_dtype in DTYPES:
+        model, row, column, x = adapt(torch.bfloat16, adapter_dtype)
+        with torch.no_grad():
+            for offsets in (row, column):
+                offsets.copy_(torch.linspace(-1, 1, len(offsets)) / 3)
+            with KernelCounter() as counter:
+                outputs.append(model(x))
+        kernels.append(counter.kernels)
+    assert torch.equal(*outputs)
+    assert kernels == [4, 6]  # a base call, two scalings, a shift by the bias; and two casts
+
+
+def test_from_pretrained_keeps_bf16_offsets_in_bf16_if_asked(tmp_path):
+    model, row, column, x = adapt(torch.bfloat16, torch.float32)
+    with torch.no_grad():
+        for offsets in (row, column):
+            offsets.copy_(torch.linspace(-1, 1, len(offsets)) / 3)
+        expected = model(x)
+    model.save_pretrained(tmp_path)
+    base = model.unload()
+    loaded = PeftModel.from_pretrained(base, tmp_path, autocast_adapter_dtype=False)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert torch.equal(loaded(x), expected)
