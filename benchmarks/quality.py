@@ -7,8 +7,9 @@ A method begins with three rates, each half of the next, under the first seed. T
 score so far is run under further seeds; where it is the lowest or the highest, the grid is widened on that side. That
 goes on until the best rate has all seeds and a neighbour on both sides, or there are eight rates. Where rates score the
 same, as where none learns, it is widened to higher ones. All methods of a task share all but the tuner and its rate, but
-for what VARIANTS says: a new head has a rate of its own, the same for all. Every run is kept in benchmarks/results/quality/<task>.json, and none is repeated. The methods
-take turns, one run each, so that a stop leaves all about as far.
+for what VARIANTS says; a new head has a rate of its own, the same for all. Every run is kept in
+benchmarks/results/quality/<task>.json, and none is repeated. The methods take turns, one run each, so that a stop leaves
+all about as far.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from hyperadapt_peft.cli.train import train
 
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results" / "quality"
 LINEARS = {"target_modules": "all-linear"}
 QKV = {"target_modules": ["query", "key", "value", "q_proj", "k_proj", "v_proj"]}
 SURM = {"peft_type": "SURM", **LINEARS}
@@ -122,7 +123,7 @@ TRAINING = {
     "logging_steps": 50,
 }
 BY_LENGTH = TRAINING | {"train_sampling_strategy": "group_by_length"}  # images have no length
-# A rate of its own for the new head, the same for all methods: the best with LoRA, of 4e-3, 8e-3 and 1.6e-2
+# A rate of the new head's own, the same for all methods: of 4e-3, 8e-3 and 1.6e-2 the best with LoRA on CIFAR-10
 HEADED = {"bf16": True, "head_learning_rate": 4e-3}
 ENCODER = {
     "name": ".cache/embedded/minilm",
@@ -262,7 +263,7 @@ def recipe_of(task: str, one_rate: bool = False) -> dict[str, Any]:
 
 def file_of(task: str, one_rate: bool = False) -> Path:
     """Where the results of a task are kept."""
-    return RESULTS / ("quality_one_rate" if one_rate else "quality") / f"{task}.json"
+    return RESULTS / ("one_rate" if one_rate else "") / f"{task}.json"
 
 
 def load(task: str, one_rate: bool = False) -> dict[str, Any]:
@@ -355,7 +356,7 @@ def main() -> None:
         "--rates", nargs="+", type=float, default=[], help="these learning rates alone, with all seeds"
     )
     parser.add_argument(
-        "--one-rate", action="store_true", help="the head at the method's rate, in fp32; kept in quality_one_rate/"
+        "--one-rate", action="store_true", help="the head at the method's rate, in fp32; kept in one_rate/"
     )
     args = parser.parse_args()
     logging.set_verbosity_error()

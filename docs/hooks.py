@@ -150,9 +150,9 @@ def quality_summary(method: str) -> str:
     return table(["task", "beside LoRA r=1, points", "beside LoRA r=8, points"], lines, left=3)
 
 
-def quality_tasks() -> list[str]:
-    """The tasks that have results."""
-    return sorted(path.stem for path in (RESULTS / "quality").glob("*.json"))
+def quality_tasks(kind: str = "") -> list[str]:
+    """The tasks that have results, or results of a kind: `one_rate/`."""
+    return sorted(path.stem for path in (RESULTS / "quality").glob(f"{kind}*.json"))
 
 
 def quality_tables() -> str:
@@ -190,10 +190,10 @@ def surm_tried() -> str:
 
 
 def quality_recipe(method: str) -> str:
-    """A method at its own best rate and at those that are best for LoRA, task by task: test, of how many seeds."""
+    """A method at its own best rate and at those that are best for LoRA, the head too: test, of how many seeds."""
     lines = []
-    for task in quality_tasks():
-        methods = runs.by_rate(read(f"quality/{task}")["runs"])
+    for task in quality_tasks("one_rate/"):
+        methods = runs.by_rate(read(f"quality/one_rate/{task}")["runs"])
         rates = methods[method]
         line = [task, _at(rates, runs.best_rate(rates))]
         lines.append(line + [_at(rates, runs.best_rate(methods[lora])) for lora in ("LoRA r=1", "LoRA r=8")])
