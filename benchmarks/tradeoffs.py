@@ -19,12 +19,12 @@ RESULTS = Path(__file__).parent / "results"
 # a method of `benchmarks.quality` -> its row of `hyperadapt bench`
 ROWS = {
     "HyperAdapt": "hyperadapt", "LoRA r=8": "lora-r8", "IA3": "ia3", "full fine-tuning": "full", "VeRA": "vera-r256",
-    "RoAd": "road", "C3A": "c3a", "SURM circulant alpha=1": "surm-circulant", "SURM Kronecker": "surm-kronecker",
+    "RoAd": "road", "C3A": "c3a", "SURM circulant": "surm-circulant", "SURM Kronecker": "surm-kronecker",
 }  # fmt: skip
 COLOURS = {
     "HyperAdapt": "#d9552b", "LoRA r=1": "#3b6fb6", "LoRA r=2": "#5c8fd0", "LoRA r=8": "#1c3f70", "IA3": "#4a9d5b",
-    "full fine-tuning": "#444444", "SURM circulant alpha=1": "#b08900", "SURM Kronecker": "#6d5400", "HyperAdapt alpha=5": "#f0936f",
-    "HyperAdapt alpha=5 and circulant": "#8a4fa3", "MiSS r=1": "#7b6f64", "VeRA": "#c06c9b", "RoAd": "#2fa3a3", "C3A": "#9aa53b",
+    "full fine-tuning": "#444444", "SURM circulant": "#b08900", "SURM Kronecker": "#6d5400",
+    "HyperAdapt and Kronecker": "#8a4fa3", "MiSS r=1": "#7b6f64", "VeRA": "#c06c9b", "RoAd": "#2fa3a3", "C3A": "#9aa53b",
 }  # fmt: skip
 
 

@@ -155,13 +155,26 @@ def quality_tasks(kind: str = "") -> list[str]:
     return sorted(path.stem for path in (RESULTS / "quality").glob(f"{kind}*.json"))
 
 
-def quality_tables() -> str:
+def quality_tables(kind: str = "") -> str:
     """The table of every task that has results, with its command."""
     parts = []
-    for task in quality_tasks():
-        command = read(f"quality/{task}")["command"]
-        parts.append(f"#### {task}\n\n```bash\n{command}\n```\n\n{quality(task)}")
+    for task in quality_tasks(kind):
+        methods = [name for name in chosen(kind + task) if ", head at " not in name]
+        command = read(f"quality/{kind}{task}")["command"]
+        parts.append(f"#### {task}\n\n```bash\n{command}\n```\n\n{quality(kind + task, *methods)}")
     return "\n\n".join(parts)
+
+
+def head_rates() -> str:
+    """Validation scores on CIFAR-10 by the head's rate, the adapter's at 1e-3, under the first seed."""
+    methods = runs.by_rate(read("quality/cifar10")["runs"])
+    rates = {"2e-3": ", head at 0.002", "4e-3": "", "8e-3": ", head at 0.008", "1.6e-2": ", head at 0.016"}
+    lines = []
+    for name in ("HyperAdapt", "LoRA r=1", "LoRA r=8"):
+        lines.append(
+            [name, *(f"{100 * methods[name + of_head][1e-3][0]['validation']:.1f}" for of_head in rates.values())]
+        )
+    return table(["method", *(f"head at {rate}" for rate in rates)], lines)
 
 
 def quality_rates(task: str, method: str) -> str:
@@ -185,15 +198,15 @@ def quality_overview(*some_methods: str) -> str:
 
 def surm_tried() -> str:
     """Every structure, placement, start and choice of layers that was tried, beside LoRA of equal size, on CIFAR-10."""
-    names = chosen("cifar10")
-    return quality("cifar10", *(name for name in names if name.startswith(("SURM", "LoRA r=1"))))
+    names = chosen("one_rate/cifar10")
+    return quality("one_rate/cifar10", *(name for name in names if name.startswith(("SURM", "LoRA r=1"))))
 
 
-def quality_recipe(method: str) -> str:
-    """A method at its own best rate and at those that are best for LoRA, the head too: test, of how many seeds."""
+def quality_recipe(method: str, kind: str = "") -> str:
+    """A method at its own best rate and at those that are best for LoRA, task by task: test, of how many seeds."""
     lines = []
-    for task in quality_tasks("one_rate/"):
-        methods = runs.by_rate(read(f"quality/one_rate/{task}")["runs"])
+    for task in quality_tasks(kind):
+        methods = runs.by_rate(read(f"quality/{kind}{task}")["runs"])
         rates = methods[method]
         line = [task, _at(rates, runs.best_rate(rates))]
         lines.append(line + [_at(rates, runs.best_rate(methods[lora])) for lora in ("LoRA r=1", "LoRA r=8")])
@@ -376,8 +389,8 @@ def command_line() -> str:
 FUNCTIONS = {
     function.__name__: function
     for function in (
-        approximation, bench, best_by_size, command_line, comparison, conformance, forgetting, fuzz, include, known_update,
-        mixed_batch, paired, patches, quality, quality_overview, quality_rates, quality_recipe, quality_summary,
+        approximation, bench, best_by_size, command_line, comparison, conformance, forgetting, fuzz, head_rates, include,
+        known_update, mixed_batch, paired, patches, quality, quality_overview, quality_rates, quality_recipe, quality_summary,
         quality_tables, ranks, skips, surm_tried, sweep, value, versions, vllm, vllm_slots,
     )
 }  # fmt: skip
