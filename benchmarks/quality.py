@@ -108,12 +108,14 @@ VARIANTS = {
     "SURM LDR r=4": Method(SURM | {"structure": "ldr", "r": 4}, 1e-3),
     "LoRA r=1 lora_alpha=1": Method({"peft_type": "LORA", "r": 1, "lora_alpha": 1, **LINEARS}, 4e-3),
     "LoRA r=1 on q, k, v": Method({"peft_type": "LORA", "r": 1} | QKV, 2e-3),
-} | {
-    f"{name}, head at {rate:g}": METHODS[name]._replace(training={"head_learning_rate": rate})
-    for name in ("HyperAdapt", "LoRA r=1", "LoRA r=8")
-    for rate in (2e-3, 8e-3, 1.6e-2)
 }
-CANDIDATES = METHODS | VARIANTS
+CORE = ("HyperAdapt", "LoRA r=1", "LoRA r=8", "SURM Kronecker")
+OTHER_TRAINING = {
+    f"{name}, head at {rate:g}": METHODS[name]._replace(training={"head_learning_rate": rate})
+    for name in CORE
+    for rate in (2e-3, 8e-3, 1.6e-2)
+} | {f"{name}, 3 epochs": METHODS[name]._replace(training={"num_train_epochs": 3}) for name in CORE}
+CANDIDATES = METHODS | VARIANTS | OTHER_TRAINING
 TRAINING = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 16,
