@@ -166,15 +166,21 @@ def quality_tables(kind: str = "") -> str:
 
 
 def head_rates() -> str:
-    """Validation scores on CIFAR-10 by the head's rate, the adapter's at 1e-3, under the first seed."""
-    methods = runs.by_rate(read("quality/cifar10")["runs"])
-    rates = {"2e-3": ", head at 0.002", "4e-3": "", "8e-3": ", head at 0.008", "1.6e-2": ", head at 0.016"}
+    """Validation scores by the head's rate, under the first seed, at the one adapter's rate that ran with all of them."""
+    heads = ("2e-3", "4e-3", "8e-3", "1.6e-2")
     lines = []
-    for name in ("HyperAdapt", "LoRA r=1", "LoRA r=8"):
-        lines.append(
-            [name, *(f"{100 * methods[name + of_head][1e-3][0]['validation']:.1f}" for of_head in rates.values())]
-        )
-    return table(["method", *(f"head at {rate}" for rate in rates)], lines)
+    for task in quality_tasks():
+        results = read(f"quality/{task}")
+        methods, own = runs.by_rate(results["runs"]), results["recipe"]["training"].get("head_learning_rate")
+        for method in ("HyperAdapt", "LoRA r=1", "LoRA r=8"):
+            names = [method if float(head) == own else f"{method}, head at {float(head):g}" for head in heads]
+            if not methods.keys() >= set(names):
+                continue
+            (rate,) = set.intersection(*(set(methods[name]) for name in names if name != method))
+            scores = [methods[name].get(rate, {}).get(0) for name in names]
+            cells = [f"{100 * run['validation']:.1f}" if run else "" for run in scores]
+            lines.append([task, method, f"{rate:g}", *cells])
+    return table(["task", "method", "learning rate", *(f"head at {head}" for head in heads)], lines, left=2)
 
 
 def quality_rates(task: str, method: str) -> str:
