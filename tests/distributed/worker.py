@@ -146,7 +146,8 @@ def order(directory: Path) -> None:
         train_sampling_strategy="group_by_length",
         remove_unused_columns=False,
     )
-    trainer = cli._trainer(SimpleNamespace(arguments=arguments), nn.Linear(1, 1), data)
+    recipe = SimpleNamespace(arguments=arguments, task=SimpleNamespace(has_head=False))
+    trainer = cli._trainer(recipe, nn.Linear(1, 1), data)
     torch.manual_seed(dist.get_rank())
     mine = torch.cat([batch["labels"] for batch in trainer.get_train_dataloader()])
     everyone = [torch.empty_like(mine) for _ in range(2)]
