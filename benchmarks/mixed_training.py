@@ -4,9 +4,9 @@
     python -m benchmarks.mixed_training [--rounds 20]
 
 The encoder is MiniLM with every linear layer adapted and a head for each adapter, the batch 64 rows of 32 tokens: 16
-adapters with 4 rows each, and 4 with 16. A step
-is forward, backward and AdamW; what is compared runs in turn in one thread, whose CPU time is measured. Writes
-benchmarks/results/mixed_training.json: milliseconds per sample, and the medians of the rounds' ratios.
+adapters with 4 rows each, and 4 with 16. A step is forward, backward and AdamW; what is compared runs in turn in one
+thread, whose CPU time is measured. Writes benchmarks/results/mixed_training.json: milliseconds per sample, and the
+medians of the rounds' ratios.
 """
 
 import argparse

@@ -7,7 +7,7 @@ A method begins with three rates, each half of the next, under the first seed. T
 score so far is run under further seeds; where it is the lowest or the highest, the grid is widened on that side. That
 goes on until the best rate has all seeds and a neighbour on both sides, or there are eight rates. Where rates score the
 same, as where none learns, it is widened to higher ones. All methods of a task share all but the tuner and its rate, but
-for what VARIANTS says; a new head has a rate of its own, the same for all. Every run is kept in
+for what VARIANTS and OTHER_TRAINING say; a new head has a rate of its own, the same for all. Every run is kept in
 benchmarks/results/quality/<task>.json, and none is repeated. The methods take turns, one run each, so that a stop leaves
 all about as far.
 """
@@ -80,7 +80,6 @@ METHODS = {
 }
 # What else was tried; not run unless it is named.
 VARIANTS = {
-    "HyperAdapt and circulant": Method({"peft_type": "HYPERADAPT"}, 1e-3, {"structure": "circulant"}),
     "HyperAdapt alpha=5": Method({"peft_type": "HYPERADAPT", "alpha": 5.0}, 2e-3),
     "HyperAdapt alpha=5 and biases": Method({"peft_type": "HYPERADAPT", "alpha": 5.0, "bias": "all"}, 2e-3),
     "HyperAdapt alpha=5 and circulant": Method(
@@ -109,15 +108,24 @@ VARIANTS = {
     "LoRA r=1 lora_alpha=1": Method({"peft_type": "LORA", "r": 1, "lora_alpha": 1, **LINEARS}, 4e-3),
     "LoRA r=1 on q, k, v": Method({"peft_type": "LORA", "r": 1} | QKV, 2e-3),
 }
-LONGER = {"num_train_epochs": 3}
 CORE = ("HyperAdapt", "LoRA r=1", "LoRA r=8", "SURM Kronecker")
-OTHER_TRAINING = {
-    f"{name}{others}, head at {rate:g}": METHODS[name]._replace(training=more | {"head_learning_rate": rate})
-    for name in CORE
-    for others, more in (("", {}), (", 3 epochs", LONGER))
-    for rate in (2e-3, 4e-3, 8e-3, 1.6e-2)
-} | {f"{name}, 3 epochs": METHODS[name]._replace(training=LONGER) for name in CORE}
-CANDIDATES = METHODS | VARIANTS | OTHER_TRAINING
+OTHER_TRAINING: dict[str, dict[str, Any]] = {
+    "head at 0.002": {"head_learning_rate": 2e-3},
+    "head at 0.004": {"head_learning_rate": 4e-3},
+    "head at 0.008": {"head_learning_rate": 8e-3},
+    "head at 0.016": {"head_learning_rate": 1.6e-2},
+    "3 epochs": {"num_train_epochs": 3},
+    "3 epochs, head at 0.004": {"num_train_epochs": 3, "head_learning_rate": 4e-3},
+}
+CANDIDATES = (
+    METHODS
+    | VARIANTS
+    | {
+        f"{name}, {label}": METHODS[name]._replace(training=training)
+        for name in CORE
+        for label, training in OTHER_TRAINING.items()
+    }
+)
 TRAINING = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 16,

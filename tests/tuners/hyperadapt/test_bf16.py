@@ -29,6 +29,13 @@ def adapt(dtype, adapter_dtype, bias=True):
     return model, row, column, torch.randn(4096, 64, dtype=dtype)
 
 
+def fill(row, column):
+    """Give both sides offsets between -1/3 and 1/3."""
+    with torch.no_grad():
+        for offsets in (row, column):
+            offsets.copy_(torch.linspace(-1, 1, len(offsets)) / 3)
+
+
 def slope(change, reference):
     """The factor of `reference` that fits `change` best, over all entries."""
     return ((change * reference).sum() / reference.square().sum()).item()
@@ -82,11 +89,9 @@ def test_bf16_offsets_give_the_outputs_of_fp32_ones_bit_by_bit_without_casts():
     kernels, outputs = [], []
     for adapter_dtype in DTYPES:
         model, row, column, x = adapt(torch.bfloat16, adapter_dtype)
-        with torch.no_grad():
-            for offsets in (row, column):
-                offsets.copy_(torch.linspace(-1, 1, len(offsets)) / 3)
-            with KernelCounter() as counter:
-                outputs.append(model(x))
+        fill(row, column)
+        with torch.no_grad(), KernelCounter() as counter:
+            outputs.append(model(x))
         kernels.append(counter.kernels)
     assert torch.equal(*outputs)
     assert kernels == [4, 6]  # a base call, two scalings, a shift by the bias; and two casts
@@ -94,9 +99,8 @@ def test_bf16_offsets_give_the_outputs_of_fp32_ones_bit_by_bit_without_casts():
 
 def test_from_pretrained_keeps_bf16_offsets_in_bf16_if_asked(tmp_path):
     model, row, column, x = adapt(torch.bfloat16, torch.float32)
+    fill(row, column)
     with torch.no_grad():
-        for offsets in (row, column):
-            offsets.copy_(torch.linspace(-1, 1, len(offsets)) / 3)
         expected = model(x)
     model.save_pretrained(tmp_path)
     base = model.unload()
