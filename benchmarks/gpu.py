@@ -1,13 +1,17 @@
 """All that a GPU should show: steps, kernels and peak memory of models of real size, beside the plan's prediction.
 
-    python -m benchmarks.gpu
+    python -m benchmarks.gpu [--models llama-3.2-3b] [--runs bf16]
 
 The models have the shapes of Llama-3.2-3B, Llama-3.1-8B and Qwen2.5-14B and random weights, so nothing is downloaded.
-Batches are 4 x 1,024 tokens. Each run's `bench.json` and `bench.md` go to benchmarks/results/gpu/<model>-<run>, and one
-table of peak memory to memory.md. `--device cpu --small` runs the same code on tiny models.
+Batches are 4 x 1,024 tokens; in the run `small-batch`, where the time is that of launches, 1 x 128. Each run's
+`bench.json` and `bench.md` go to benchmarks/results/gpu/<model>-<run>, and to memory.json there what each method needed and
+what `plan` says, in bytes, weights and optimizer included. A run that has its `bench.json` is not repeated. `--device cpu
+--small` runs the same code on tiny models.
 """
 
 import argparse
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,51 +40,59 @@ SMALL: dict[str, PretrainedConfig] = {
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=256
     )
 }
-METHODS_HERE = ("hyperadapt", "hyperadapt-save-memory", "lora-r8", "miss-r8", "ia3", "vera-r256")
+METHODS_HERE = (
+    "hyperadapt", "hyperadapt-save-memory", "surm-kronecker", "lora-r8", "miss-r8", "ia3", "road", "vera-r256"
+)  # fmt: skip
+ALL_LINEAR = {"target_modules": "all-linear"}
 RUNS: dict[str, dict[str, Any]] = {
     "bf16": {"dtype": "bfloat16"},
     "bf16-checkpointing": {"dtype": "bfloat16", "gradient_checkpointing": True},
+    "small-batch": {"dtype": "bfloat16", "batch_size": 1, "sequence_length": 128},
     "autocast": {"dtype": "float32", "autocast": True},
 }
-FP32_LIMIT = 10e9  # parameters whose float32 copy fits a card of 80 GB
+FP32_LIMIT = 5e9  # parameters whose float32 copy, its bf16 one and the activations fit a card of 80 GB
+os.environ.setdefault(
+    "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+)  # what does not fit is too much, not scattered
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--small", action="store_true", help="tiny models and batches")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="of real size")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results/gpu"))
     args = parser.parse_args()
-    length, rounds = (16, 2) if args.small else (1024, 11)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    lines = [
-        "Peak memory of a training step, weights and optimizer included, in GiB; the plan is the least that it needs.\n",
-        "| model | run | method | plan | measured |\n| --- | --- | --- | ---: | ---: |",
-    ]
-    for name, config in (SMALL if args.small else MODELS).items():
-        path = args.output_dir / f"{name}.json"
-        path.write_text(config.to_json_string(use_diff=False))
-        for run, options in RUNS.items():
-            shape = {"batch_size": 4, "sequence_length": length, "dtype": options["dtype"]}
-            whole = plan(config, {"peft_type": "FULL"}, **shape)
-            if options["dtype"] == "float32" and whole.parameters > FP32_LIMIT:
+    length, rounds = (16, 2) if args.small else (1024, 5)
+    memory = args.output_dir / "memory.json"
+    for name, config in (SMALL if args.small else {name: MODELS[name] for name in args.models}).items():
+        for run in args.runs:
+            options = {"batch_size": 4, "sequence_length": length} | RUNS[run]
+            base = plan(config, {"peft_type": "FULL"}, dtype=options["dtype"])
+            directory = args.output_dir / f"{name}-{run}"
+            if options["dtype"] == "float32" and base.parameters > FP32_LIMIT:
                 continue
-            results = bench(
-                str(path), rounds=rounds, methods=METHODS_HERE, output_dir=args.output_dir / f"{name}-{run}",
-                device=args.device, **shape | options,
-            )  # fmt: skip
-            for row in results["rows"]:
-                if row["method"] != FROZEN:
-                    planned = None if len(options) > 1 else plan(config, METHODS[row["method"]], **shape).total_bytes
-                    measured = None if "out_of_memory" in row else whole.weights_bytes + row["peak_bytes"]
-                    cells = [_gib(planned, "not planned"), _gib(measured, "out of memory")]
-                    lines.append(f"| {name} | {run} | {row['method']} | {' | '.join(cells)} |")
-            (args.output_dir / "memory.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-
-
-def _gib(size: int | None, otherwise: str) -> str:
-    return otherwise if size is None else f"{size / 2**30:.3g}"
+            if not (directory / "bench.json").exists():
+                directory.mkdir(parents=True, exist_ok=True)
+                path = directory / "config.json"
+                path.write_text(config.to_json_string(use_diff=False))
+                bench(
+                    str(path), rounds=rounds, methods=METHODS_HERE, output_dir=directory, device=args.device, **options
+                )
+            results = json.loads((directory / "bench.json").read_text())
+            if run == "bf16":
+                shape = {key: options[key] for key in ("batch_size", "sequence_length", "dtype")}
+                compared = json.loads(memory.read_text()) if memory.exists() else {}
+                compared[name] = {
+                    row["method"]: {
+                        "planned": plan(config, ALL_LINEAR | METHODS[row["method"]], **shape).total_bytes,
+                        "measured": base.weights_bytes + row["peak_bytes"] if "peak_bytes" in row else None,
+                    }
+                    for row in results["rows"]
+                    if row["method"] != FROZEN
+                }
+                memory.write_text(json.dumps(compared, indent=1) + "\n")
 
 
 if __name__ == "__main__":

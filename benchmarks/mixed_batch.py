@@ -1,12 +1,13 @@
 """Many adapters on one small Llama: a batch of 64 of them, generation, loading and memory, beside LoRA r=8.
 
-    python -m benchmarks.mixed_batch [--loaded 64 1000] [--rounds 40] [--methods HyperAdapt "LoRA r=8"]
+    python -m benchmarks.mixed_batch [--loaded 64 1000] [--rounds 40] [--methods HyperAdapt "LoRA r=8"] [--device cuda]
 
 The model has 4 layers of width 384, every linear layer adapted: small, so that what adapters cost beside the base layers
 shows. What is compared runs in turn in one thread, whose CPU time is measured, so that a busy machine does not matter
 much; a ratio is the median of the rounds' ratios. LoRA's adapters are
 copied into the layers, as loading 1,000 by PEFT would take hours; `seconds of one more by load_adapter` is PEFT's call.
-Writes benchmarks/results/mixed_batch.json; runs of other methods and numbers of adapters there are kept.
+Writes benchmarks/results/mixed_batch.json; runs of other methods and numbers of adapters there are kept. With `--device cuda`
+the model has the shape of Llama-3.2-3B, in bf16, the time is the clock's, and the file is gpu/mixed_batch.json.
 """
 
 import argparse
@@ -27,8 +28,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.gpu import MODELS
 from hyperadapt_peft import HyperAdaptConfig
 from hyperadapt_peft.adapters.loading import load_adapters
 from hyperadapt_peft.tuners.hyperadapt import HyperAdaptLayer
@@ -42,8 +44,11 @@ FILES = 64  # different adapter files; a thousand adapters are loaded from them 
 ROWS = 64
 
 
-def llama() -> LlamaForCausalLM:
+def llama(device: str) -> PreTrainedModel:
     torch.manual_seed(0)
+    if device == "cuda":
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(MODELS["llama-3.2-3b"], dtype=torch.bfloat16).eval()
     config = LlamaConfig(
         hidden_size=384, num_hidden_layers=4, num_attention_heads=6, intermediate_size=1024, vocab_size=1024,
         max_position_embeddings=128,
@@ -57,9 +62,16 @@ def rss() -> int:
 
 
 def clock(action: Callable[[], Any]) -> float:
-    start = time.process_time()
+    """The seconds that an action takes: this process's, or the clock's until the GPU has done it."""
+    if not torch.cuda.is_initialized():
+        start = time.process_time()
+        action()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
     action()
-    return time.process_time() - start
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def copy_lora(model: nn.Module, adapters: int) -> None:
@@ -72,9 +84,9 @@ def copy_lora(model: nn.Module, adapters: int) -> None:
         model.peft_config[f"adapter{i}"] = model.peft_config["adapter0"]
 
 
-def loaded_model(method: str, adapters: int, directory: Path) -> tuple[PeftModel, dict[str, Any]]:
+def loaded_model(method: str, adapters: int, directory: Path, device: str) -> tuple[PeftModel, dict[str, Any]]:
     """The model with that many adapters, and what loading them took."""
-    model = get_peft_model(llama(), CONFIGS[method]())
+    model = get_peft_model(llama(device), CONFIGS[method]())
     for i in range(FILES if method == "HyperAdapt" else 1):
         torch.manual_seed(i)
         for layer in model.modules():
@@ -116,9 +128,10 @@ def compare(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, fl
 def measure(model: PeftModel, rounds: int) -> dict[str, float]:
     model.set_adapter("adapter0")
     many = [f"adapter{i}" for i in range(ROWS)]
-    base, results = llama(), {}
+    device = model.device.type
+    base, results = llama(device), {}
     for kind, tokens in (("prefill of 16 tokens", 16), ("single token", 1)):
-        ids = torch.randint(3, 1024, (ROWS, tokens))
+        ids = torch.randint(3, 1024, (ROWS, tokens), device=device)
         results |= compare(
             {
                 f"{kind}, one adapter": lambda ids=ids: model(input_ids=ids),
@@ -128,7 +141,7 @@ def measure(model: PeftModel, rounds: int) -> dict[str, float]:
             rounds,
         )
     options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
-    one, ids = torch.randint(3, 1024, (1, 16)), torch.randint(3, 1024, (ROWS, 16))
+    one, ids = (torch.randint(3, 1024, (rows, 16), device=device) for rows in (1, ROWS))
     results |= compare(
         {
             "generation of 16 tokens, base": lambda: base.generate(input_ids=one, **options),
@@ -154,16 +167,18 @@ def main() -> None:
     parser.add_argument("--loaded", type=int, nargs="+", default=[64, 1000])
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--methods", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    path = Path(__file__).parent / "results" / "mixed_batch.json"
+    path = Path(__file__).parent / "results" / ("gpu" if args.device == "cuda" else "") / "mixed_batch.json"
+    path.parent.mkdir(exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
     command = shlex.join(["python", "-m", "benchmarks.mixed_batch", *sys.argv[1:]])
     commands, runs = results.get("commands", {}), results.get("runs", [])
     for loaded in args.loaded:
         for method in args.methods:
             with tempfile.TemporaryDirectory() as directory:
-                model, row = loaded_model(method, loaded, Path(directory))
+                model, row = loaded_model(method, loaded, Path(directory), args.device)
             row = {"method": method, "loaded": loaded, **row, **measure(model, args.rounds)}
             print(json.dumps(row, indent=1))
             runs = [run for run in runs if (run["method"], run["loaded"]) != (method, loaded)] + [row]
@@ -171,6 +186,7 @@ def main() -> None:
     results = {
         "commands": commands | dict.fromkeys(args.methods, command),
         "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
         "runs": sorted(runs, key=lambda run: (run["loaded"], run["method"])),
     }
     path.write_text(json.dumps(results, indent=2) + "\n")

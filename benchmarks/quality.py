@@ -70,13 +70,13 @@ METHODS = {
             "target_modules": ["key", "value", "output.dense", "k_proj", "v_proj", "fc2", "down_proj"],
             "feedforward_modules": ["output.dense", "fc2", "down_proj"],
         },
-        1e-2,
+        2e-2,
     ),
-    "RoAd": Method({"peft_type": "ROAD", **LINEARS}, 4e-3),
-    "MiSS r=1": Method({"peft_type": "MISS", "r": 1, **LINEARS}, 1e-4),
-    "VeRA": Method({"peft_type": "VERA", "r": 256, **LINEARS}, 8e-3),
-    "C3A": Method({"peft_type": "C3A", "block_size": 192, **LINEARS}, 4e-2),
-    "full fine-tuning": Method({"peft_type": "FULL"}, 2.5e-5),
+    "RoAd": Method({"peft_type": "ROAD", **LINEARS}, 1.6e-2),
+    "MiSS r=1": Method({"peft_type": "MISS", "r": 1, **LINEARS}, 4e-4),
+    "VeRA": Method({"peft_type": "VERA", "r": 256, **LINEARS}, 3.2e-2),
+    "C3A": Method({"peft_type": "C3A", "block_size": 192, **LINEARS}, 1.6e-1),
+    "full fine-tuning": Method({"peft_type": "FULL"}, 1e-4),
 }
 # What else was tried; not run unless it is named.
 VARIANTS = {

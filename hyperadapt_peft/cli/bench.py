@@ -128,10 +128,11 @@ def bench(
         except torch.OutOfMemoryError:
             if name == FROZEN:
                 raise
+            row["out_of_memory"] = True
+        if "out_of_memory" in row:  # not before the error is gone, which holds what the step had computed
             del setups[name]
             gc.collect()
             torch.cuda.empty_cache()
-            row["out_of_memory"] = True
     seconds = _time(setups, batch, rounds)
     for name, own in seconds.items():
         ratios = [step / frozen for step, frozen in zip(own, seconds[FROZEN], strict=True)]
