@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.func import functional_call
 
+from ..common.autograd import Function
 from ..common.mixed_batch import BatchNames
 from .config import HyperAdaptConfig
 from .layer import HyperAdaptLayer
@@ -137,7 +138,7 @@ class ParamWrapper(HyperAdaptLayer):
         return f"parameter_name={self.parameter_name!r}"
 
 
-class ScaledMatrices(torch.autograd.Function):
+class ScaledMatrices(Function):
     """`W_e o a_e b_e^T` of E matrices (E, n, m) with scales (E, n) and (E, m), in W's dtype, rounded once.
 
     One matrix is in fp32 at a time, and backward keeps nothing but what came in.

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..common.autograd import Function
+
 
 def scale(
     x: Tensor, offset: Tensor, factor: float = 1.0, shift: Optional[Tensor] = None, save_memory: bool = False
@@ -39,7 +41,7 @@ def _scale(x: Tensor, offset: Tensor, factor: float, shift: Optional[Tensor]) ->
     return scaled if shift is None else torch.addcmul(scaled, shift, offset, value=-factor)
 
 
-class _Scale(torch.autograd.Function):
+class _Scale(Function):
     """`_scale` with fewer kernels than autograd would take, and x's gradient rounded once. `rounded` is offset in x's dtype."""
 
     generate_vmap_rule = True
@@ -98,4 +100,7 @@ def _sum_to(x: Tensor, like: Tensor) -> Tensor:
     """Sum x over the dimensions along which `like` was broadcast to it, in the dtype of `like`."""
     added = x.dim() - like.dim()
     dims = [*range(added), *(added + i for i, size in enumerate(like.shape) if size == 1)]
-    return x.sum(dims, dtype=like.dtype).reshape(like.shape) if dims else x.to(like.dtype)
+    total = x.sum(dims, dtype=like.dtype) if dims else x.to(like.dtype)
+    return (
+        total if total.shape == like.shape else total.reshape(like.shape)
+    )  # reshaping to the same takes as long as the sum

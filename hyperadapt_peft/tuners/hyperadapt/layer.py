@@ -131,19 +131,20 @@ class HyperAdaptLayer(TargetLayer):
         An offset is (batch, size), or (size,) if it is the same for all samples, or None if none has any.
         """
         names = adapter_names.unique
+        if len(names) == 1:
+            column, row = (read_weight(scales, names[0]) for scales in (self.hyperadapt_column, self.hyperadapt_row))
+            return column, row, self.factor(names[0])
         column, row = (stack_weights(scales, names) for scales in (self.hyperadapt_column, self.hyperadapt_row))
-        factors = {name: self.factor(name) for name in names if name in self.scaling}
-        factor = factors[next(iter(factors))]
-        if any(other != factor for other in factors.values()):
-            by_name, factor = tuple(factors.get(name, 0.0) for name in names), 1.0
+        alpha, scaling = self.hyperadapt_alpha, self.scaling
+        factors = {alpha[name] * scaling[name] for name in names if name in scaling}
+        factor = factors.pop()
+        if factors:
+            by_name, factor = tuple(self.factor(name) if name in scaling else 0.0 for name in names), 1.0
             column, row = (
                 table if table is None else table * adapter_names.tensor(by_name, table.dtype, table.device)[:, None]
                 for table in (column, row)
             )
-        if len(names) == 1:
-            column, row = (table if table is None else table[0] for table in (column, row))
-        else:
-            column, row = (table if table is None else adapter_names.gather(table) for table in (column, row))
+        column, row = (table if table is None else adapter_names.gather(table) for table in (column, row))
         return column, row, factor
 
     def scale_weight(self, weight: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:

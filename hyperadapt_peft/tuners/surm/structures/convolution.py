@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ...common.autograd import Function
+
 
 def convolve(x: Tensor, v: Tensor, out_features: int, f: int) -> Tensor:
     """Return `y_o = sum_i Z_f(v_oi) x_i`, by FFTs.
@@ -26,7 +28,7 @@ def convolve(x: Tensor, v: Tensor, out_features: int, f: int) -> Tensor:
     return _Convolution.apply(x, v, out_features, f)[0]
 
 
-class _Convolution(torch.autograd.Function):
+class _Convolution(Function):
     # Autograd through torch.fft takes up to twice the time: it differentiates a real FFT by a complex one of full length.
     # Here both gradients are again convolutions of the spectra at hand.
 
