@@ -264,6 +264,9 @@ def bench(name: str = "bench/bench") -> str:
     header = ["method", "step, x frozen", "kept for backward, MiB", "peak, MiB", "trained", "saved, bytes"]
     lines = []
     for row in rows:
+        if "out_of_memory" in row:
+            lines.append([row["method"], "out of memory", *[""] * (7 if counted else 4)])
+            continue
         line = [row["method"], f"{row['step_ratio']:.2f}", f"{row['saved_bytes'] / mebi:.0f}"]
         line += [f"{row['peak_bytes'] / mebi:.0f}", f"{row['trainable']:,}"]
         line.append(f"{row['adapter_bytes']:,}" if row["adapter_bytes"] else "")
@@ -339,9 +342,30 @@ def approximation() -> str:
     return table(["claim of the paper", "holds", "errors"], rows, left=3)
 
 
-def mixed_batch() -> str:
+def gpu_kept(model: str, method: str = "hyperadapt") -> str:
+    """What a method keeps for the backward pass, as a part of what LoRA r=8 keeps."""
+    kept = {row["method"]: row.get("saved_bytes") for row in read(f"gpu/{model}-bf16/bench")["rows"]}
+    return f"{kept[method] / kept['lora-r8']:.2f}"
+
+
+def gpu_memory() -> str:
+    """What a step needs in all beside the plan's prediction, by model and method, in GiB."""
+    models = read("gpu/memory")
+
+    def cell(size: int | None) -> str:
+        return "out of memory" if size is None else f"{size / 2**30:.1f}"
+
+    header = ["method", *(f"{model}: {what}" for model in models for what in ("plan", "measured"))]
+    rows = [
+        [method, *(cell(models[model][method][what]) for model in models for what in ("planned", "measured"))]
+        for method in next(iter(models.values()))
+    ]
+    return table(header, rows)
+
+
+def mixed_batch(name: str = "mixed_batch") -> str:
     """Every run of the benchmark of mixed batches, a column each."""
-    runs = read("mixed_batch")["runs"]
+    runs = read(name)["runs"]
     keys = dict.fromkeys(key for run in runs for key in run if key not in ("method", "loaded"))
 
     def cell(found: Any) -> str:
@@ -395,8 +419,8 @@ def command_line() -> str:
 FUNCTIONS = {
     function.__name__: function
     for function in (
-        approximation, bench, best_by_size, command_line, comparison, conformance, forgetting, fuzz, head_rates, include,
-        known_update, mixed_batch, paired, patches, quality, quality_overview, quality_rates, quality_recipe, quality_summary,
+        approximation, bench, best_by_size, command_line, comparison, conformance, forgetting, fuzz, gpu_kept, gpu_memory, head_rates,
+        include, known_update, mixed_batch, paired, patches, quality, quality_overview, quality_rates, quality_recipe, quality_summary,
         quality_tables, ranks, skips, surm_tried, sweep, value, versions, vllm, vllm_slots,
     )
 }  # fmt: skip
