@@ -95,6 +95,35 @@ class TestBothPlacements:
         assert torch.autograd.gradcheck(run, (x.requires_grad_(), *values), fast_mode=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kronecker_products_in_the_base_s_dtype(dtype):
+    """Of a 16-bit base, with factors in fp32: as exact as the rounding of the output, and nothing is kept in fp32."""
+    torch.manual_seed(0)
+    model = Wrapper(nn.Linear(64, 48, dtype=dtype))
+    model = get_peft_model(model, SurmConfig(target_modules=["layer"], structure="kronecker", init_weights=False))
+    layer = model.base_model.model.layer
+    x = torch.randn(32, 64, dtype=dtype, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = model(x)
+    assert {t.dtype for t in saved if t.numel() >= x.numel()} == {dtype}
+    update = (out - layer.base_layer(x)).double()
+    exact = x.double() @ layer.matrix("default").double().T
+    eps = torch.finfo(dtype).eps
+    assert (update - exact).norm() < 2 * eps * out.norm()
+    out.double().square().sum().backward()
+    (a, b), grad = (
+        (layer.surm_A["default"].weight, layer.surm_B["default"].weight),
+        2 * out.detach().double().T @ x.double(),
+    )
+    for weight, subscripts, other in ((a, "prqs,rs->pq", b), (b, "prqs,pq->rs", a)):
+        (p, q), (r, s) = a.shape, b.shape
+        factor = layer.gain("default")
+        expected = factor * torch.einsum(subscripts, grad.reshape(p, r, q, s), other.detach().double())
+        assert weight.grad.dtype == torch.float32
+        assert (weight.grad - expected).norm() < 8 * eps * expected.norm()
+
+
 def test_several_adapters_add_and_then_sequential_ones_follow():
     layer, model, x = adapt("square", "circulant")
     model.add_adapter("after", SurmConfig(target_modules=["layer"], placement="sequential", init_weights=False))

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from .structure import Shape, Structure
@@ -24,6 +25,10 @@ class Kronecker(Structure):
     def dense(self, a: Tensor, b: Tensor, out_features: int, in_features: int) -> Tensor:
         products = a[..., :, None, :, None] * b[..., None, :, None, :]
         return products.flatten(-4, -3).flatten(-2)
+
+    def dtype_of(self, x: Tensor, a: Tensor) -> torch.dtype:
+        """That of x, as the base layer computes: there are only products of matrices."""
+        return x.dtype
 
     def dense_matmul(self, x: Tensor, a: Tensor, b: Tensor, out_features: int) -> Tensor:
         """x as a matrix X (q, in / q) goes to A X B^T; the cheaper side goes first."""

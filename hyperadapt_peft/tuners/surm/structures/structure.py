@@ -35,8 +35,7 @@ class Structure:
     def matmul(self, x: Tensor, a: Tensor, b: Tensor, out_features: int) -> Tensor:
         """Multiply by the transposed matrix, which is not built unless that is faster.
 
-        It is computed in float32 or wider (an FFT in bfloat16 does not exist, one in float16 overflows) and
-        differentiable once with respect to everything.
+        It is computed in `dtype_of` and differentiable once with respect to everything.
 
         Args:
             x (`Tensor`): (..., in); (batch, ..., in) for a matrix per sample.
@@ -47,13 +46,17 @@ class Structure:
         Returns:
             `Tensor`: (..., out) in the dtype of x.
         """
-        dtype = torch.promote_types(torch.promote_types(x.dtype, a.dtype), torch.float32)
+        dtype = self.dtype_of(x, a)
         z, a, b = x.to(dtype).reshape(*a.shape[: -self.factor_dims], -1, x.shape[-1]), a.to(dtype), b.to(dtype)
         # ONNX has no complex numbers, tracing makes tensors of sizes, and the FFT library refuses empty batches
         exported = torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
         use_dense = max(out_features, x.shape[-1]) <= self.dense_up_to or exported or z.numel() == 0
         y = (self.dense_matmul if use_dense else self.fft_matmul)(z, a, b, out_features)
         return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
+
+    def dtype_of(self, x: Tensor, a: Tensor) -> torch.dtype:
+        """float32 or wider: an FFT in bfloat16 does not exist, one in float16 overflows."""
+        return torch.promote_types(torch.promote_types(x.dtype, a.dtype), torch.float32)
 
     def dense_matmul(self, x: Tensor, a: Tensor, b: Tensor, out_features: int) -> Tensor:
         """`matmul` of x ((batch,) tokens, in) by building the matrix."""
