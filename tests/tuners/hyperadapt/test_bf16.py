@@ -128,9 +128,7 @@ def test_under_autocast_what_is_scaled_is_what_the_base_layer_takes(layer, compi
     with torch.autocast("cpu", torch.bfloat16):
         expected = base(x)
     model = get_peft_model(base, HyperAdaptConfig(target_modules=["0"]))
-    run = model.base_model.model
-    if compiled:
-        run = torch.compile(run, backend="aot_eager", fullgraph=True)
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
     saved = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
     with hooks, torch.autocast("cpu", torch.bfloat16):
