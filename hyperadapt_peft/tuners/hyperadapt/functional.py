@@ -41,14 +41,6 @@ def _scale(x: Tensor, offset: Tensor, factor: float, shift: Optional[Tensor]) ->
     return scaled if shift is None else torch.addcmul(scaled, shift, offset, value=-factor)
 
 
-def as_autocast_will(x: Tensor) -> Tensor:
-    """Return x in the dtype in which a product of matrices will get it: to scale it there takes half the bytes."""
-    device = x.device.type
-    if x.dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
-
-
 class _Scale(Function):
     """`_scale` with fewer kernels than autograd would take, and x's gradient rounded once. `rounded` is offset in x's dtype."""
 

@@ -14,7 +14,7 @@ from ..common import AdapterWeight, TargetLayer
 from ..common.mixed_batch import BatchNames, read_weight, stack_weights
 from .algebra import Offsets
 from .config import HyperAdaptConfig
-from .functional import as_autocast_will, scale
+from .functional import scale
 
 
 # The offsets of columns and rows, (size,) or (batch, size) or None, and the factor of both.
@@ -180,8 +180,6 @@ class Linear(HyperAdaptLayer):
         column, row, factor = scales
         save_memory = torch.is_grad_enabled() and any(map(self.hyperadapt_save_memory.get, self.active_adapters))
         if column is not None:
-            if type(self.base_layer).forward is nn.Linear.forward:
-                x = as_autocast_will(x)
             x = scale(x, self.along_channels(column, x), factor, save_memory=save_memory)
         result = self.base_forward(x, *args, **kwargs)
         if row is None:

@@ -108,36 +108,3 @@ def test_from_pretrained_keeps_bf16_offsets_in_bf16_if_asked(tmp_path):
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     with torch.no_grad():
         assert torch.equal(loaded(x), expected)
-
-
-class Fp32Linear(nn.Linear):
-    """Computes in fp32 whatever surrounds it."""
-
-    def forward(self, x):
-        assert x.dtype == torch.float32
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(x)
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("layer", [nn.Linear, Fp32Linear])
-def test_under_autocast_what_is_scaled_is_what_the_base_layer_takes(layer, compiled):
-    torch.manual_seed(0)
-    base = nn.Sequential(layer(64, 48))
-    x = torch.randn(32, 64, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = base(x)
-    model = get_peft_model(base, HyperAdaptConfig(target_modules=["0"]))
-    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
-    saved = []
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
-    with hooks, torch.autocast("cpu", torch.bfloat16):
-        out = run(x)
-    assert out.dtype == expected.dtype and torch.equal(out, expected)
-    kept = {t.dtype for t in saved if t.shape == x.shape}
-    assert kept == {torch.bfloat16 if layer is nn.Linear else torch.float32}
-    out.float().square().sum().backward()
-    grad = model.base_model.model[0].hyperadapt_column["default"].weight.grad
-    weight = model.base_model.model[0].base_layer.weight
-    exact = 10 * ((2 * expected.detach().float() @ weight) * x).sum(0)
-    assert (grad - exact).norm() < 0.02 * exact.norm()
