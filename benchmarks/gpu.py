@@ -5,8 +5,8 @@
 The models have the shapes of Llama-3.2-3B, Llama-3.1-8B and Qwen2.5-14B and random weights, so nothing is downloaded.
 Batches are 4 x 1,024 tokens; in the run `small-batch`, where the time is that of launches, 1 x 128. Each run's
 `bench.json` and `bench.md` go to benchmarks/results/gpu/<model>-<run>, and to memory.json there what each method needed and
-what `plan` says, in bytes, weights and optimizer included. A run that has its `bench.json` is not repeated. `--device cpu
---small` runs the same code on tiny models.
+what `plan` says, in bytes, weights and optimizer included. A run that has its `bench.json` is not repeated: give
+`--output-dir` for new ones. `--device cpu --small` runs the same code on tiny models.
 """
 
 import argparse
@@ -51,9 +51,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "autocast": {"dtype": "float32", "autocast": True},
 }
 FP32_LIMIT = 5e9  # parameters whose float32 copy, its bf16 one and the activations fit a card of 80 GB
-os.environ.setdefault(
-    "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
-)  # what does not fit is too much, not scattered
 
 
 def main() -> None:
@@ -64,6 +61,8 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results/gpu"))
     args = parser.parse_args()
+    # what does not fit is then too much, not scattered
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     length, rounds = (16, 2) if args.small else (1024, 5)
     memory = args.output_dir / "memory.json"
     for name, config in (SMALL if args.small else {name: MODELS[name] for name in args.models}).items():
@@ -71,16 +70,15 @@ def main() -> None:
             options = {"batch_size": 4, "sequence_length": length} | RUNS[run]
             base = plan(config, {"peft_type": "FULL"}, dtype=options["dtype"])
             directory = args.output_dir / f"{name}-{run}"
-            if options["dtype"] == "float32" and base.parameters > FP32_LIMIT:
+            too_large = options["dtype"] == "float32" and base.parameters > FP32_LIMIT
+            if too_large or (directory / "bench.json").exists():
                 continue
-            if not (directory / "bench.json").exists():
-                directory.mkdir(parents=True, exist_ok=True)
-                path = directory / "config.json"
-                path.write_text(config.to_json_string(use_diff=False))
-                bench(
-                    str(path), rounds=rounds, methods=METHODS_HERE, output_dir=directory, device=args.device, **options
-                )
-            results = json.loads((directory / "bench.json").read_text())
+            directory.mkdir(parents=True, exist_ok=True)
+            path = directory / "config.json"
+            path.write_text(config.to_json_string(use_diff=False))
+            results = bench(
+                str(path), rounds=rounds, methods=METHODS_HERE, output_dir=directory, device=args.device, **options
+            )
             if run == "bf16":
                 shape = {key: options[key] for key in ("batch_size", "sequence_length", "dtype")}
                 compared = json.loads(memory.read_text()) if memory.exists() else {}

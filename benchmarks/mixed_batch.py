@@ -56,8 +56,10 @@ def llama(device: str) -> PreTrainedModel:
     return LlamaForCausalLM(config).eval()
 
 
-def rss() -> int:
-    """Resident memory of this process in bytes."""
+def memory() -> int:
+    """Resident memory of this process in bytes, or what torch has on the GPU."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.memory_allocated()
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
@@ -94,13 +96,13 @@ def loaded_model(method: str, adapters: int, directory: Path, device: str) -> tu
                 layer.reset_parameters("default", init_weights=False)
         model.save_pretrained(directory / str(i))
     model = PeftModel.from_pretrained(model.unload(), directory / "0", "adapter0")
-    before, row = rss(), {}
+    before, row = memory(), {}
     if method == "HyperAdapt":
         paths = {f"adapter{i}": directory / str(i % FILES) for i in range(1, adapters)}
         row["seconds of load_adapters"] = clock(lambda: load_adapters(model, paths))
     else:
         copy_lora(model, adapters)
-    row["bytes of memory per adapter"] = (rss() - before) // (adapters - 1)
+    row["bytes of memory per adapter"] = (memory() - before) // (adapters - 1)
     row["bytes on disk per adapter"] = (directory / "0" / "adapter_model.safetensors").stat().st_size
     row["seconds of one more by load_adapter"] = statistics.median(
         clock(lambda i=i: model.load_adapter(directory / "0", f"more{i}")) for i in range(3)

@@ -150,6 +150,30 @@ def quality_summary(method: str) -> str:
     return table(["task", "beside LoRA r=1, points", "beside LoRA r=8, points"], lines, left=3)
 
 
+def quality_standings(reference: str) -> str:
+    """Where other methods are ahead of a reference, level with it and behind, by tasks, of those that ran on most of them."""
+    tasks = {task: chosen(task) for task in quality_tasks()}
+    lines: list[tuple[float, list[Any]]] = []
+    for method in dict.fromkeys(name for methods in tasks.values() for name in methods if ", " not in name):
+        found = {
+            task: difference(methods[method], methods[reference])
+            for task, methods in tasks.items()
+            if method != reference and method in methods
+        }
+        intervals = {task: interval for task, interval in found.items() if interval}
+        if len(intervals) < len(tasks) / 2:
+            continue
+        sides: dict[str, list[str]] = {"ahead": [], "level": [], "behind": []}
+        for task, (mean, half) in intervals.items():
+            sides["level" if abs(mean) <= half else "ahead" if mean > 0 else "behind"].append(task)
+        total = statistics.mean(mean for mean, _ in intervals.values())
+        trained = _trained(tasks["film-reviews"][method])
+        cells = [", ".join(sides[side]) for side in ("ahead", "behind")]
+        lines.append((total, [method, f"{trained:,}", f"{len(intervals)}", f"{total:+.1f}", *cells]))
+    header = ["method", "trained, MiniLM", "tasks", f"beside {reference}, points", "ahead on", "behind on"]
+    return table(header, [line for _, line in sorted(lines, key=lambda item: -item[0])])
+
+
 def quality_tasks(kind: str = "") -> list[str]:
     """The tasks that have results, or results of a kind: `one_rate/`."""
     return sorted(path.stem for path in (RESULTS / "quality").glob(f"{kind}*.json"))
@@ -348,6 +372,12 @@ def gpu_kept(model: str, method: str = "hyperadapt") -> str:
     return f"{kept[method] / kept['lora-r8']:.2f}"
 
 
+def gpu_rounds(run: str, method: str) -> str:
+    """The least and the most of a method's step beside the frozen one's, of all rounds."""
+    (ratios,) = (row["step_ratios"] for row in read(f"gpu/{run}/bench")["rows"] if row["method"] == method)
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+
 def gpu_memory() -> str:
     """What a step needs in all beside the plan's prediction, by model and method, in GiB."""
     models = read("gpu/memory")
@@ -419,8 +449,8 @@ def command_line() -> str:
 FUNCTIONS = {
     function.__name__: function
     for function in (
-        approximation, bench, best_by_size, command_line, comparison, conformance, forgetting, fuzz, gpu_kept, gpu_memory, head_rates,
-        include, known_update, mixed_batch, paired, patches, quality, quality_overview, quality_rates, quality_recipe, quality_summary,
-        quality_tables, ranks, skips, surm_tried, sweep, value, versions, vllm, vllm_slots,
+        approximation, bench, best_by_size, command_line, comparison, conformance, forgetting, fuzz, gpu_kept, gpu_memory, gpu_rounds, head_rates,
+        include, known_update, mixed_batch, paired, patches, quality, quality_overview, quality_rates, quality_recipe,
+        quality_standings, quality_summary, quality_tables, ranks, skips, surm_tried, sweep, value, versions, vllm, vllm_slots,
     )
 }  # fmt: skip

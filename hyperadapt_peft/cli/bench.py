@@ -115,11 +115,8 @@ def bench(
     setups = {name: _set_up(name, base, kind, linears) for name in tqdm(names, desc="models", unit="model")}
     if compile:  # torch counts all models' forwards as one function, and gives up at 8
         torch._dynamo.config.recompile_limit = 8 * len(setups)
-    for adapted, _ in setups.values():
-        if autocast:
-            adapted.forward = torch.autocast(device, torch.bfloat16)(adapted.forward)
-        if compile:
-            adapted.forward = torch.compile(adapted.forward)
+    for name in setups:
+        _wrap(setups[name][0], device, autocast, compile)
     rows: dict[str, dict[str, Any]] = {name: {"method": name} for name in names}
     for name, row in (bar := tqdm(rows.items(), desc="memory", unit="method")):
         bar.set_postfix_str(name)
@@ -198,6 +195,13 @@ def _set_up(name: str, base: PreTrainedModel, task: Task, linears: dict[str, tup
         return model, None
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return model.train(), torch.optim.AdamW(trained, lr=1e-3)
+
+
+def _wrap(model: Any, device: str, autocast: bool, compile: bool) -> None:
+    if autocast:
+        model.forward = torch.autocast(device, torch.bfloat16)(model.forward)
+    if compile:
+        model.forward = torch.compile(model.forward)
 
 
 def _adapted(name: str, model: Any, changes: dict[str, Any]) -> Any:

@@ -101,6 +101,6 @@ def _sum_to(x: Tensor, like: Tensor) -> Tensor:
     added = x.dim() - like.dim()
     dims = [*range(added), *(added + i for i, size in enumerate(like.shape) if size == 1)]
     total = x.sum(dims, dtype=like.dtype) if dims else x.to(like.dtype)
-    return (
-        total if total.shape == like.shape else total.reshape(like.shape)
-    )  # reshaping to the same takes as long as the sum
+    if total.shape != like.shape:  # reshaping to the same shape takes as long as the sum
+        total = total.reshape(like.shape)
+    return total

@@ -95,10 +95,10 @@ class TestBothPlacements:
         assert torch.autograd.gradcheck(run, (x.requires_grad_(), *values), fast_mode=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_kronecker_products_in_the_base_s_dtype(dtype):
-    """Of a 16-bit base, with factors in fp32: as exact as the rounding of the output, and nothing is kept in fp32."""
+def test_kronecker_products_in_bf16():
+    """With factors in fp32: as exact as the rounding of the output, and nothing of x's size is kept in fp32."""
     torch.manual_seed(0)
+    dtype = torch.bfloat16
     model = Wrapper(nn.Linear(64, 48, dtype=dtype))
     model = get_peft_model(model, SurmConfig(target_modules=["layer"], structure="kronecker", init_weights=False))
     layer = model.base_model.model.layer
@@ -122,6 +122,18 @@ def test_kronecker_products_in_the_base_s_dtype(dtype):
         expected = factor * torch.einsum(subscripts, grad.reshape(p, r, q, s), other.detach().double())
         assert weight.grad.dtype == torch.float32
         assert (weight.grad - expected).norm() < 8 * eps * expected.norm()
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_fp16_products_have_the_range_of_fp32(structure):
+    """alpha times A alone takes x beyond fp16's largest number, 65,504; the product with B is small again."""
+    torch.manual_seed(0)
+    model = Wrapper(nn.Linear(64, 64, dtype=torch.float16))
+    model = get_peft_model(model, SurmConfig(target_modules=["layer"], alpha=1e4, **STRUCTURES[structure]))
+    layer = model.base_model.model.layer
+    nn.init.constant_(layer.surm_A["default"].weight, 1e-1)
+    layer.surm_B["default"].weight.data *= 1e-4
+    assert model(100 + torch.randn(8, 64, dtype=torch.float16)).isfinite().all()
 
 
 def test_several_adapters_add_and_then_sequential_ones_follow():

@@ -27,8 +27,8 @@ class Kronecker(Structure):
         return products.flatten(-4, -3).flatten(-2)
 
     def dtype_of(self, x: Tensor, a: Tensor) -> torch.dtype:
-        """That of x, as the base layer computes: there are only products of matrices."""
-        return x.dtype
+        """bfloat16 stays, as in the base layer: there are only products of matrices, and its range is float32's."""
+        return x.dtype if x.dtype == torch.bfloat16 else super().dtype_of(x, a)
 
     def dense_matmul(self, x: Tensor, a: Tensor, b: Tensor, out_features: int) -> Tensor:
         """x as a matrix X (q, in / q) goes to A X B^T; the cheaper side goes first."""
