@@ -140,7 +140,7 @@ def test_no_more_kernels_than_these_and_none_that_waits():
 
 
 def test_a_step_binds_no_signature(monkeypatch):
-    """Torch 2.13's own `apply` does so for functions with `setup_context`: a third of the time of a small layer's step."""
+    """Torch's own `apply` does so for functions with `setup_context`: a third of the time of a small layer's step."""
 
     def bind(*args, **kwargs):
         raise AssertionError("bound")
