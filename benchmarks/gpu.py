@@ -68,10 +68,11 @@ def main() -> None:
     for name, config in (SMALL if args.small else {name: MODELS[name] for name in args.models}).items():
         for run in args.runs:
             options = {"batch_size": 4, "sequence_length": length} | RUNS[run]
-            base = plan(config, {"peft_type": "FULL"}, dtype=options["dtype"])
             directory = args.output_dir / f"{name}-{run}"
-            too_large = options["dtype"] == "float32" and base.parameters > FP32_LIMIT
-            if too_large or (directory / "bench.json").exists():
+            if (directory / "bench.json").exists():
+                continue
+            base = plan(config, {"peft_type": "FULL"}, dtype=options["dtype"])
+            if options["dtype"] == "float32" and base.parameters > FP32_LIMIT:
                 continue
             directory.mkdir(parents=True, exist_ok=True)
             path = directory / "config.json"
@@ -80,11 +81,10 @@ def main() -> None:
                 str(path), rounds=rounds, methods=METHODS_HERE, output_dir=directory, device=args.device, **options
             )
             if run == "bf16":
-                shape = {key: options[key] for key in ("batch_size", "sequence_length", "dtype")}
                 compared = json.loads(memory.read_text()) if memory.exists() else {}
                 compared[name] = {
                     row["method"]: {
-                        "planned": plan(config, ALL_LINEAR | METHODS[row["method"]], **shape).total_bytes,
+                        "planned": plan(config, ALL_LINEAR | METHODS[row["method"]], **options).total_bytes,
                         "measured": base.weights_bytes + row["peak_bytes"] if "peak_bytes" in row else None,
                     }
                     for row in results["rows"]

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from benchmarks.gpu import MODELS
 from hyperadapt_peft import HyperAdaptConfig
 from hyperadapt_peft.adapters.loading import load_adapters
+from hyperadapt_peft.cli.bench import _now
 from hyperadapt_peft.tuners.hyperadapt import HyperAdaptLayer
 
 
@@ -65,15 +67,10 @@ def memory() -> int:
 
 def clock(action: Callable[[], Any]) -> float:
     """The seconds that an action takes: this process's, or the clock's until the GPU has done it."""
-    if not torch.cuda.is_initialized():
-        start = time.process_time()
-        action()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
+    now = partial(_now, "cuda") if torch.cuda.is_initialized() else time.process_time
+    start = now()
     action()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def copy_lora(model: nn.Module, adapters: int) -> None:

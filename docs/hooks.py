@@ -115,6 +115,11 @@ def difference(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]
     return interval([100 * (ours[seed]["test"] - theirs[seed]["test"]) for seed in ours.keys() & theirs.keys()])
 
 
+def side(mean: float, half: float) -> str:
+    """On which side of 0 the interval is."""
+    return "level" if abs(mean) <= half else "ahead" if mean > 0 else "behind"
+
+
 def quality(task: str, *some_methods: str) -> str:
     """All or some methods of a task: scores in percent, and the differences to LoRA of equal and of eight times the size."""
     methods = chosen(task)
@@ -143,9 +148,7 @@ def quality_summary(method: str) -> str:
             if found is None:
                 line.append("")
                 continue
-            mean, half = found
-            word = "level" if abs(mean) <= half else "ahead" if mean > 0 else "behind"
-            line.append(f"{word}: {mean:+.1f} ± {half:.1f}")
+            line.append("{}: {:+.1f} ± {:.1f}".format(side(*found), *found))
         lines.append(line)
     return table(["task", "beside LoRA r=1, points", "beside LoRA r=8, points"], lines, left=3)
 
@@ -164,11 +167,11 @@ def quality_standings(reference: str) -> str:
         if len(intervals) < len(tasks) / 2:
             continue
         sides: dict[str, list[str]] = {"ahead": [], "level": [], "behind": []}
-        for task, (mean, half) in intervals.items():
-            sides["level" if abs(mean) <= half else "ahead" if mean > 0 else "behind"].append(task)
+        for task, interval in intervals.items():
+            sides[side(*interval)].append(task)
         total = statistics.mean(mean for mean, _ in intervals.values())
         trained = _trained(tasks["film-reviews"][method])
-        cells = [", ".join(sides[side]) for side in ("ahead", "behind")]
+        cells = [", ".join(sides["ahead"]), ", ".join(sides["behind"])]
         lines.append((total, [method, f"{trained:,}", f"{len(intervals)}", f"{total:+.1f}", *cells]))
     header = ["method", "trained, MiniLM", "tasks", f"beside {reference}, points", "ahead on", "behind on"]
     return table(header, [line for _, line in sorted(lines, key=lambda item: -item[0])])

@@ -116,13 +116,13 @@ def test_where_other_methods_stand_beside_hyperadapt():
             if method in methods
         }
         assert len(found) == 7 and "sums" not in found
-        return {task: mean > 0 for task, (mean, half) in found.items() if abs(mean) > half}
+        sides = {task: hooks.side(*interval) for task, interval in found.items()}
+        return {task: side for task, side in sides.items() if side != "level"}
 
     assert behind_and_ahead("RoAd") == behind_and_ahead("VeRA") == {}
-    assert behind_and_ahead("IA3") == {"cifar10": False, "film-reviews": False}
-    assert "RoAd and VeRA, smaller still, are level with HyperAdapt on the seven" in README.read_text().replace(
-        "\n", " "
-    )
+    assert behind_and_ahead("IA3") == {"cifar10": "behind", "film-reviews": "behind"}
+    text = README.read_text().replace("\n", " ")
+    assert "RoAd and VeRA, smaller still, are level with HyperAdapt on the seven" in text
 
 
 def test_what_the_page_of_the_gpu_says_is_in_its_results():
@@ -137,9 +137,8 @@ def test_what_the_page_of_the_gpu_says_is_in_its_results():
     assert large[0] == "ia3" and set(large[1:3]) == {"hyperadapt", "miss-r8"} and large[3] == "lora-r8"
     assert cheapest("llama-3.1-8b-bf16")[:4] == ["hyperadapt", "ia3", "miss-r8", "lora-r8"]
     by_launches = cheapest("llama-3.2-3b-small-batch")
-    assert (
-        by_launches[0] == "ia3" and set(by_launches[1:3]) == {"hyperadapt", "miss-r8"} and by_launches[3] == "lora-r8"
-    )
+    assert by_launches[0] == "ia3" and set(by_launches[1:3]) == {"hyperadapt", "miss-r8"}
+    assert by_launches[3] == "lora-r8"
     fits = [method for method, row in rows["qwen2.5-14b-bf16"].items() if "out_of_memory" not in row]
     assert fits == ["frozen", "hyperadapt-save-memory", "miss-r8"]
     beyond = [

@@ -135,11 +135,10 @@ class HyperAdaptLayer(TargetLayer):
             column, row = (read_weight(scales, names[0]) for scales in (self.hyperadapt_column, self.hyperadapt_row))
             return column, row, self.factor(names[0])
         column, row = (stack_weights(scales, names) for scales in (self.hyperadapt_column, self.hyperadapt_row))
-        alpha, scaling = self.hyperadapt_alpha, self.scaling
-        factors = {alpha[name] * scaling[name] for name in names if name in scaling}
+        factors = {self.factor(name) for name in names if name in self.scaling}
         factor = factors.pop()
         if factors:
-            by_name, factor = tuple(self.factor(name) if name in scaling else 0.0 for name in names), 1.0
+            by_name, factor = tuple(self.factor(name) if name in self.scaling else 0.0 for name in names), 1.0
             column, row = (
                 table if table is None else table * adapter_names.tensor(by_name, table.dtype, table.device)[:, None]
                 for table in (column, row)

@@ -112,10 +112,8 @@ def test_kronecker_products_in_bf16():
     eps = torch.finfo(dtype).eps
     assert (update - exact).norm() < 2 * eps * out.norm()
     out.double().square().sum().backward()
-    (a, b), grad = (
-        (layer.surm_A["default"].weight, layer.surm_B["default"].weight),
-        2 * out.detach().double().T @ x.double(),
-    )
+    a, b = layer.surm_A["default"].weight, layer.surm_B["default"].weight
+    grad = 2 * out.detach().double().T @ x.double()
     for weight, subscripts, other in ((a, "prqs,rs->pq", b), (b, "prqs,pq->rs", a)):
         (p, q), (r, s) = a.shape, b.shape
         factor = layer.gain("default")
