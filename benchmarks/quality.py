@@ -34,6 +34,7 @@ from hyperadapt_peft import HyperAdaptConfig, SurmConfig
 from hyperadapt_peft.cli import recipe as recipes
 from hyperadapt_peft.cli import train as training
 from hyperadapt_peft.cli.train import train
+from hyperadapt_peft.tuners.surm.structures import kronecker
 
 
 ROOT = Path(__file__).parents[1]
@@ -47,13 +48,15 @@ MOST_RATES = 8
 class Method(NamedTuple):
     """A method's `tuner` section, the middle of the rates it begins with, and what it has of its own.
 
-    That is a second adapter on the same layers, or changes of the `training` section.
+    That is a second adapter on the same layers, changes of the `training` section, or how many rows and columns the first
+    factor of Kronecker products has, where it is not the one of the fewest parameters.
     """
 
     tuner: dict[str, Any]
     rate: float
     beside: dict[str, Any] | None = None
     training: Mapping[str, Any] = MappingProxyType({})
+    factor: int | None = None
 
 
 METHODS = {
@@ -93,6 +96,9 @@ VARIANTS = {
     ),
     "SURM circulant alpha=1": Method(SURM | {"structure": "circulant", "alpha": 1.0}, 2e-3),
     "SURM Kronecker alpha=1": Method(SURM | {"structure": "kronecker", "alpha": 1.0}, 4e-3),
+    "SURM Kronecker, first factor 4 x 4": Method(SURM | {"structure": "kronecker"}, 1e-3, factor=4),
+    "SURM Kronecker, first factor 8 x 8": Method(SURM | {"structure": "kronecker"}, 1e-3, factor=8),
+    "SURM Kronecker, first factor 48 x 48": Method(SURM | {"structure": "kronecker"}, 1e-3, factor=48),
     "SURM circulant alpha=1, random start": Method(
         SURM | {"structure": "circulant", "alpha": 1.0, "init_weights": False}, 2e-3
     ),
@@ -322,9 +328,10 @@ def next_run(method: str, results: dict[str, Any], seeds: int, given: list[float
 def run(recipe: dict[str, Any], method: str, rate: float, seed: int) -> dict[str, Any]:
     """Train and evaluate once, in this process."""
     values = copy.deepcopy(recipe)
-    values["tuner"] = copy.deepcopy(CANDIDATES[method].tuner)
-    values["training"] |= CANDIDATES[method].training
-    with tempfile.TemporaryDirectory() as directory, both(CANDIDATES[method].beside):
+    candidate = CANDIDATES[method]
+    values["tuner"] = copy.deepcopy(candidate.tuner)
+    values["training"] |= candidate.training
+    with tempfile.TemporaryDirectory() as directory, both(candidate.beside), first_factor(candidate.factor):
         values["training"] |= {"learning_rate": rate, "seed": seed, "output_dir": directory}
         result = train(recipes.check(values))
     gc.collect()
@@ -362,6 +369,16 @@ def both(beside: dict[str, Any] | None) -> Iterator[None]:
     head = training._head
     # PEFT saves no mixed models
     with patch.multiple(training, _adapted=adapted, _head=head_of, _save=lambda *args: None):
+        yield
+
+
+@contextmanager
+def first_factor(size: int | None) -> Iterator[None]:
+    """With a size, let the first factors of Kronecker products be of this size, whatever parameters that takes."""
+    if size is None:
+        yield
+        return
+    with patch.object(kronecker, "_factor_shapes", lambda n, m: ((size, size), (n // size, m // size))):
         yield
 
 

@@ -39,7 +39,7 @@ WRONG = {
     "placement": ["parallel ", 1, None, [], {}, True],
     "r": [0, -1, 1.0, "8", None, True, [], {}, float("nan")],
     "symmetric": [0, 1, "yes", None, [], {}],
-    "alpha": ["1", None, True, [], {}, float("nan"), float("inf"), -float("inf")],
+    "alpha": ["1", None, True, [], {}, float("nan"), float("inf"), -float("inf"), 1e39, 10**400],
     "surm_dropout": ["0", None, True, 1, 1.5, -0.1, [], {}, float("nan")],
 }  # fmt: skip
 FIELDS = [

@@ -1,36 +1,12 @@
-"""Autograd functions whose call costs no more than what they compute."""
-
-from __future__ import annotations
-
-from typing import Any, ClassVar
+"""Where autograd functions of our own give way to plain operations."""
 
 import torch
 
 
-class Function(torch.autograd.Function):
-    """torch's, for functions with `setup_context` that are called with all their arguments.
+def in_transform() -> bool:
+    """Return whether a transform of `torch.func` runs.
 
-    Torch binds the arguments of such functions to a signature at each call, for defaults: a third of a small layer's step.
-    It does not where `forward` has the context, as it has here outside of `torch.func`'s transforms.
+    Transforms can do all with plain operations: batch them, and differentiate them forwards, backwards and repeatedly. Of
+    an autograd function they ask for rules of its own, and for a call that takes twice as long elsewhere too.
     """
-
-    _plain: ClassVar[type[torch.autograd.Function]]
-
-    def __init_subclass__(cls) -> None:
-        class Plain(torch.autograd.Function):
-            backward = staticmethod(cls.backward)
-
-            @staticmethod
-            def forward(ctx: Any, *args: Any) -> Any:
-                output = cls.forward(*args)
-                cls.setup_context(ctx, args, output)
-                return output
-
-        Plain.__name__ = cls.__name__
-        cls._plain = Plain
-
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
-            return super().apply(*args)
-        return cls._plain.apply(*args)
+    return torch._C._are_functorch_transforms_active()

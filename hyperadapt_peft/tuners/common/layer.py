@@ -57,6 +57,7 @@ class TargetLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.scaling: dict[str, float] = {}  # each adapter's strength; sub-classes have it in `other_param_names`
         self._merged_weight: Optional[Union[MergedWeight, MergedQuantizedWeight]] = None
+        self._called_with_names = False  # the last time
         self._merged_weight_class = MergedWeight if self.quantization_backend is None else MergedQuantizedWeight
         self.cast_input_dtype_enabled = True  # read by peft.helpers.disable_input_dtype_casting
         _refuse_tensor_parallel(self.get_base_layer(), self.parameter_name)
@@ -156,7 +157,12 @@ class TargetLayer(nn.Module, BaseTunerLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is None:
+            if self._called_with_names:
+                self._refuse_recomputing()
+                self._called_with_names = False
             return self.adapted_forward(x, *args, **kwargs)
+        if not self._called_with_names:
+            self._called_with_names = True
         if not any(map(self.has_adapter, adapter_names.unique)):
             return self.base_layer(x, *args, **kwargs)
         if len(x) == len(adapter_names):
@@ -168,6 +174,13 @@ class TargetLayer(nn.Module, BaseTunerLayer):
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{len(adapter_names)} and {len(x)} respectively."
         )
+
+    def _refuse_recomputing(self) -> None:
+        if torch._C._current_graph_task_id() != -1:  # called by a backward pass
+            raise RuntimeError(
+                "Gradient checkpointing has called a layer again without the adapter names of the batch. To train with "
+                "`adapter_names` use that of transformers: `model.gradient_checkpointing_enable()`."
+            )
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """Merge adapters into the base weight, computed in fp32 from the unmerged weight and rounded once.

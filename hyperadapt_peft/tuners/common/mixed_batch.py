@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
+from threading import Lock
 from typing import Any, Optional
 
 import torch
@@ -128,7 +129,8 @@ def adapter_names_hooks(
         TypeError: If `adapter_names` is not a list or tuple of str.
         ValueError: If there is no adapter of a given name, it adapts single experts, which see the tokens of all samples
             in an order of their own, or it is frozen while the model is trained.
-        RuntimeError: After the call, if one of its adapters was deleted while it ran.
+        RuntimeError: After the call, if one of its adapters was deleted while it ran; in the backward pass, if other
+            gradient checkpointing than transformers' runs a layer again, which does not know the names.
     """
     if adapter_names is None:
         yield
@@ -161,10 +163,7 @@ def _hooks(root: nn.Module, modules: list[nn.Module], call: _Call) -> Iterator[N
             elif module is root or isinstance(module, PreTrainedModel):
                 undo.append(module.register_forward_pre_hook(partial(_note_shape, root), with_kwargs=True).remove)
             if module.training and getattr(module, "gradient_checkpointing", False):
-                checkpoint: Any = module._gradient_checkpointing_func
-                bound: Any = partial(_checkpoint, module, checkpoint, call)
-                module._gradient_checkpointing_func = bound
-                undo.append(partial(setattr, module, "_gradient_checkpointing_func", checkpoint))
+                undo.append(_Checkpointing.of(module).end)
         yield
     finally:
         for action in undo:
@@ -204,16 +203,44 @@ def _note_shape(root: nn.Module, module: nn.Module, args: tuple, kwargs: Optiona
         )
 
 
-def _checkpoint(module: nn.Module, checkpoint: Callable, call: _Call, function: Callable, *args: Any) -> Any:
-    """transformers' gradient checkpointing of a module, whose backward pass runs it again after the call's end."""
-    shape = call.shape
+class _Checkpointing:
+    """transformers' gradient checkpointing of a module, whose backward pass runs it again after the call's end.
 
-    def again(*inputs: Any) -> Any:
-        call.shape = shape
-        with _hooks(module, list(modules_around_adapters(module)), call):
-            return function(*inputs)
+    It is in the place of the module's own while calls with names run, for the calls of all threads.
+    """
 
-    return checkpoint(again, *args)
+    lock = Lock()
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.checkpoint, self.calls = module, module._gradient_checkpointing_func, 0
+
+    @classmethod
+    def of(cls, module: Any) -> _Checkpointing:
+        with cls.lock:
+            if not isinstance(module._gradient_checkpointing_func, cls):
+                module._gradient_checkpointing_func = cls(module)
+            found = module._gradient_checkpointing_func
+            found.calls += 1
+        return found
+
+    def end(self) -> None:
+        with self.lock:
+            self.calls -= 1
+            if not self.calls:
+                self.module._gradient_checkpointing_func = self.checkpoint
+
+    def __call__(self, function: Callable, *args: Any) -> Any:
+        call = _call.get()
+        if call is None:
+            return self.checkpoint(function, *args)
+        shape = call.shape
+
+        def again(*inputs: Any) -> Any:
+            call.shape = shape
+            with _hooks(self.module, list(modules_around_adapters(self.module)), call):
+                return function(*inputs)
+
+        return self.checkpoint(again, *args)
 
 
 def _refuse_experts(modules: list[nn.Module], names: BatchNames) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Optional, Union
 
+import torch
+
 from ...integrations.peft import add_peft_type
 from ..common.config import TargetConfig, names_or_regex
 
@@ -22,7 +24,8 @@ class HyperAdaptConfig(TargetConfig):
         save_memory (`bool`):
             Whether training keeps the layers' inputs and outputs, which only the scales' own gradients need, in 8 bits
             (float8_e5m2). Default `False`. It changes neither outputs nor the gradients that flow on; those of the
-            scales err by about 5 % of what they differ by from batch to batch.
+            scales err by about 5 % of what they differ by from batch to batch. Where several adapters are used, all of
+            them must ask for it. Under `torch.compile`, which decides itself what is kept, it changes nothing.
         target_parameters (`Optional[list[str]]`):
             The names, or their endings, of parameters to adapt that are not the weight of a supported layer, such as
             `"experts.gate_up_proj"`: matrices, or (E, n, m) of fused experts, which get scales for each expert. With
@@ -42,8 +45,8 @@ class HyperAdaptConfig(TargetConfig):
     def __post_init__(self):
         self.peft_type = add_peft_type("HYPERADAPT")
         super().__post_init__()
-        if not 0 < abs(self.alpha) < float("inf"):
-            raise ValueError(f"`alpha` must be a finite number and not 0, not {self.alpha!r}.")
+        if not 0 < abs(self.alpha) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"`alpha` must be finite in fp32 and not 0, not {self.alpha!r}.")
         names_or_regex(self.target_parameters, "target_parameters")
 
     def _read_version(self, version: int) -> None:

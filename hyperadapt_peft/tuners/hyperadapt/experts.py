@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.func import functional_call
 
-from ..common.autograd import Function
+from ..common.autograd import in_transform
 from ..common.mixed_batch import BatchNames
 from .config import HyperAdaptConfig
 from .layer import HyperAdaptLayer
@@ -106,15 +106,20 @@ class ParamWrapper(HyperAdaptLayer):
 
     def scaled(self, row: Optional[torch.Tensor], column: Optional[torch.Tensor]) -> torch.Tensor:
         """Return the parameter, scaled by what has these offsets from 1, in its dtype."""
-        weight = self.base_parameter
-        shape = (self.stack_shape or (1,))[0], *weight.shape[-2:]
+        parameter = self.base_parameter
+        shape = (self.stack_shape or (1,))[0], *parameter.shape[-2:]
+        weight = parameter.reshape(shape)
         sides = (column, row) if self.is_transposed else (row, column)
         wide = torch.promote_types(weight.dtype, torch.float32)
         a, b = (
             weight.new_ones(size, dtype=wide) if side is None else 1 + side.to(wide).reshape(size)
             for side, size in zip(sides, (shape[:2], shape[::2]), strict=True)
         )
-        return ScaledMatrices.apply(weight.reshape(shape), a, b).reshape(weight.shape)
+        if in_transform():
+            scaled = (weight * a[:, :, None] * b[:, None]).to(weight.dtype)
+        else:
+            scaled = ScaledMatrices.apply(weight, a, b)
+        return scaled.reshape(parameter.shape)
 
     def mixed_batch_forward(self, x: torch.Tensor, names: BatchNames, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise ValueError(
@@ -138,22 +143,19 @@ class ParamWrapper(HyperAdaptLayer):
         return f"parameter_name={self.parameter_name!r}"
 
 
-class ScaledMatrices(Function):
+class ScaledMatrices(torch.autograd.Function):
     """`W_e o a_e b_e^T` of E matrices (E, n, m) with scales (E, n) and (E, m), in W's dtype, rounded once.
 
     One matrix is in fp32 at a time, and backward keeps nothing but what came in.
     """
 
     @staticmethod
-    def forward(weight: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, weight: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight, row, column)
         scaled = torch.empty_like(weight)
         for out, w, a, b in zip(scaled, weight, row, column, strict=True):
             out.copy_(w * a[:, None] * b)
         return scaled
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..common.autograd import Function
+from ..common.autograd import in_transform
 
 
 def scale(
@@ -29,11 +29,12 @@ def scale(
     """
     if shift is not None:
         shift = shift.to(x.dtype)
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        if offset.dtype != x.dtype:  # asking is faster than a `to` with nothing to do
-            offset = offset.to(x.dtype)
-        return _scale(x, offset, factor, shift)
-    return _Scale.apply(x, offset, offset.detach().to(x.dtype), factor, shift, save_memory)
+    plain = not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform()
+    if not plain:
+        return _Scale.apply(x, offset, factor, shift, save_memory)
+    if offset.dtype != x.dtype:  # asking is faster than a `to` with nothing to do
+        offset = offset.to(x.dtype)
+    return _scale(x, offset, factor, shift)
 
 
 def _scale(x: Tensor, offset: Tensor, factor: float, shift: Optional[Tensor]) -> Tensor:
@@ -41,22 +42,17 @@ def _scale(x: Tensor, offset: Tensor, factor: float, shift: Optional[Tensor]) ->
     return scaled if shift is None else torch.addcmul(scaled, shift, offset, value=-factor)
 
 
-class _Scale(Function):
-    """`_scale` with fewer kernels than autograd would take, and x's gradient rounded once. `rounded` is offset in x's dtype."""
-
-    generate_vmap_rule = True
+class _Scale(torch.autograd.Function):
+    """`_scale` with fewer kernels than autograd would take, and x's gradient rounded once."""
 
     @staticmethod
     def forward(
-        x: Tensor, offset: Tensor, rounded: Tensor, factor: float, shift: Optional[Tensor], save_memory: bool
+        ctx: Any, x: Tensor, offset: Tensor, factor: float, shift: Optional[Tensor], save_memory: bool
     ) -> Tensor:
-        return _scale(x, rounded, factor, shift)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, offset, rounded, ctx.factor, shift, save_memory = inputs
+        rounded, ctx.factor = offset.to(x.dtype), factor
         kept = (_in_8_bits(x) if save_memory else x) if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(kept, offset, rounded, shift)
+        return _scale(x, rounded, factor, shift)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
@@ -64,7 +60,7 @@ class _Scale(Function):
         if torch.is_grad_enabled():  # for second derivatives
             rounded = offset.to(grad.dtype)
             if x is not None and x.dtype == torch.float8_e5m2:
-                raise RuntimeError("`save_memory=True` keeps too little for torch.func and second derivatives.")
+                raise RuntimeError("`save_memory=True` keeps too little for second derivatives.")
         grad_x = grad_offset = grad_shift = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.addcmul(grad, grad, rounded.conj(), value=ctx.factor)
@@ -73,9 +69,9 @@ class _Scale(Function):
             if shift is not None:
                 total = total - shift.conj() * _sum_to(grad, offset)
             grad_offset = ctx.factor * total
-        if ctx.needs_input_grad[4]:
+        if ctx.needs_input_grad[3]:
             grad_shift = _sum_to(-ctx.factor * rounded.conj() * grad, shift)
-        return grad_x, grad_offset, None, None, grad_shift, None
+        return grad_x, grad_offset, None, grad_shift, None
 
 
 _kept: MutableMapping[Tensor, tuple[int, Tensor]] = WeakTensorKeyDictionary()  # for all layers that share an input

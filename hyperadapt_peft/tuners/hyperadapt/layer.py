@@ -17,8 +17,8 @@ from .config import HyperAdaptConfig
 from .functional import scale
 
 
-# The offsets of columns and rows, (size,) or (batch, size) or None, and the factor of both.
-Scales = tuple[Optional[torch.Tensor], Optional[torch.Tensor], float]
+# The offsets of columns and rows, (size,) or (batch, size) or None, the factor of both, and whether to save memory.
+Scales = tuple[Optional[torch.Tensor], Optional[torch.Tensor], float, bool]
 
 
 class HyperAdaptLayer(TargetLayer):
@@ -110,11 +110,12 @@ class HyperAdaptLayer(TargetLayer):
         raise NotImplementedError
 
     def active_scales(self) -> Scales:
-        """Return the active adapters' offsets of columns and rows, (size,) or None, and what both are multiplied by."""
+        """Return the active adapters' scales, with offsets (size,)."""
         column, row, names = self.hyperadapt_column, self.hyperadapt_row, self.active_adapters
+        save_memory = self.saves_memory(names)
         if len(names) == 1 and names[0] in self.scaling:
-            return read_weight(column, names[0]), read_weight(row, names[0]), self.factor(names[0])
-        return self.active_offset(column), self.active_offset(row), 1.0
+            return read_weight(column, names[0]), read_weight(row, names[0]), self.factor(names[0]), save_memory
+        return self.active_offset(column), self.active_offset(row), 1.0, save_memory
 
     def active_offset(self, scales: nn.ModuleDict) -> Optional[torch.Tensor]:
         """Return the offset from 1 of the product of the active adapters' scales, (size,), or None without any."""
@@ -126,14 +127,15 @@ class HyperAdaptLayer(TargetLayer):
         return total
 
     def batch_scales(self, adapter_names: BatchNames) -> Scales:
-        """Return the samples' offsets of columns and rows, and what both are multiplied by.
+        """Return the samples' scales.
 
         An offset is (batch, size), or (size,) if it is the same for all samples, or None if none has any.
         """
         names = adapter_names.unique
+        save_memory = self.saves_memory(names)
         if len(names) == 1:
             column, row = (read_weight(scales, names[0]) for scales in (self.hyperadapt_column, self.hyperadapt_row))
-            return column, row, self.factor(names[0])
+            return column, row, self.factor(names[0]), save_memory
         column, row = (stack_weights(scales, names) for scales in (self.hyperadapt_column, self.hyperadapt_row))
         factors = {self.factor(name) for name in names if name in self.scaling}
         factor = factors.pop()
@@ -144,7 +146,11 @@ class HyperAdaptLayer(TargetLayer):
                 for table in (column, row)
             )
         column, row = (table if table is None else adapter_names.gather(table) for table in (column, row))
-        return column, row, factor
+        return column, row, factor, save_memory
+
+    def saves_memory(self, adapter_names: list[str]) -> bool:
+        """Return whether activations are kept in 8 bits: if all of these adapters that are on this layer want it."""
+        return torch.is_grad_enabled() and all(self.hyperadapt_save_memory.get(name, True) for name in adapter_names)
 
     def scale_weight(self, weight: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Return `weight` with its rows times `row` and its columns times `column`."""
@@ -176,8 +182,7 @@ class Linear(HyperAdaptLayer):
     channel_dims = 0  # how many dimensions follow the channels in the activations
 
     def scaled_forward(self, x: torch.Tensor, scales: Scales, *args: Any, **kwargs: Any) -> torch.Tensor:
-        column, row, factor = scales
-        save_memory = torch.is_grad_enabled() and any(map(self.hyperadapt_save_memory.get, self.active_adapters))
+        column, row, factor, save_memory = scales
         if column is not None:
             x = scale(x, self.along_channels(column, x), factor, save_memory=save_memory)
         result = self.base_forward(x, *args, **kwargs)
@@ -235,7 +240,7 @@ class Embedding(HyperAdaptLayer):
         return num_dimensions, num_tokens
 
     def scaled_forward(self, x: torch.Tensor, scales: Scales, *args: Any, **kwargs: Any) -> torch.Tensor:
-        column, row, factor = scales
+        column, row, factor, _ = scales
         result = self.base_layer(x, *args, **kwargs)
         if row is not None:
             tokens = F.embedding(x, row[:, None]) if row.dim() == 1 else row.gather(1, x.flatten(1))[..., None]

@@ -3,6 +3,8 @@
 from dataclasses import InitVar, dataclass
 from typing import Literal, Optional, Union
 
+import torch
+
 from ...integrations.peft import add_peft_type
 from ..common.config import TargetConfig
 
@@ -54,7 +56,7 @@ class SurmConfig(TargetConfig):
             raise ValueError(f"`r` must be a positive integer, not {self.r!r}.")
         if self.r != 1 and self.structure != "ldr":
             raise ValueError(f"`r` is the displacement rank of structure='ldr'; {self.structure!r} has none.")
-        if not abs(self.alpha) < float("inf"):
-            raise ValueError(f"`alpha` must be a finite number, not {self.alpha!r}.")
+        if not abs(self.alpha) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"`alpha` must be finite in fp32, not {self.alpha!r}.")
         if not 0 <= self.surm_dropout < 1:
             raise ValueError(f"`surm_dropout` must be in [0, 1), not {self.surm_dropout!r}.")

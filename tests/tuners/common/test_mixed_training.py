@@ -1,14 +1,22 @@
 """Many adapters trained by one run: every sample names its own, and its gradient goes there."""
 
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.nn import functional as F
 from torch.utils.data import Dataset, default_collate
 from transformers import Trainer, TrainingArguments
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hyperadapt_peft import HyperAdaptConfig, SurmConfig
 
@@ -76,6 +84,64 @@ def test_gradients_are_those_of_each_adapter_alone(architecture, config, checkpo
             assert p.grad.any(), key
             torch.testing.assert_close(grads[name][key], p.grad, rtol=1e-4, atol=1e-6)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_that_does_not_know_the_names_is_refused(config, reentrant):
+    """It runs layers again after the call, when the active adapter would get the gradient."""
+    model, batch = adapted("llama", config, ["a", "b"])
+    kind = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+    apply_activation_checkpointing(
+        model,
+        checkpoint_wrapper_fn=lambda module: checkpoint_wrapper(module, kind),
+        check_fn=lambda module: isinstance(module, LlamaDecoderLayer),
+    )
+    model.enable_input_require_grads()
+    loss = model(**batch, adapter_names=["b"] * len(batch["labels"])).loss
+    with pytest.raises(RuntimeError, match="use that of transformers"):
+        loss.backward()
+    assert all(p.grad is None for p in of(model, "a").values())
+    model.zero_grad()
+    model(**batch).loss.backward()
+    assert any(p.grad is not None for p in of(model, "a").values())
+
+
+def test_threads_train_with_names_and_checkpointing(config):
+    """One call begins while another runs, and ends after it."""
+    model, batch = adapted("llama", config, ["a", "b"])
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+
+    def gradients(name):
+        losses = row_losses(model, batch, adapter_names=[name] * len(batch["labels"]))
+        return torch.autograd.grad(losses.sum(), list(of(model, name).values()))
+
+    expected = {name: gradients(name) for name in "ab"}
+    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
+    running, begun, ended = threading.local(), threading.Event(), threading.Event()
+
+    def wait(*args):
+        if running.name == "a" and not begun.is_set():
+            b = threads.submit(run, "b")
+            assert begun.wait(60)
+            results.append(b)
+        elif running.name == "b" and not begun.is_set():
+            begun.set()
+            assert ended.wait(60)
+
+    def run(name):
+        running.name = name
+        return gradients(name)
+
+    results = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(2) as threads:
+        a = threads.submit(run, "a").result()
+        ended.set()
+        b = results[0].result()
+    hook.remove()
+    torch.testing.assert_close({"a": a, "b": b}, expected)
+    assert functions == [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
 
 
 RATES, SEEDS = (1e-3, 3e-3, 1e-2, 3e-2), (0, 1, 2, 3)
@@ -155,6 +221,33 @@ def test_frozen_adapters_are_refused():
     with torch.no_grad():
         model(**inputs, adapter_names=names)
     model.eval()(**inputs, adapter_names=names)
+
+
+def test_memory_is_saved_where_all_that_are_named_want_it():
+    """Whatever is active."""
+    model, batch = adapted("llama", HyperAdaptConfig, ["small"], save_memory=True)
+    model.add_adapter("exact", HyperAdaptConfig(task_type="CAUSAL_LM", init_weights=False))
+    names = ["small", "exact"]
+
+    def gradients(adapter_names):
+        model.set_requires_grad(names)
+        losses = row_losses(model, batch, adapter_names=adapter_names)
+        return {
+            name: torch.autograd.grad(losses.sum(), list(of(model, name).values()), retain_graph=True)
+            for name in dict.fromkeys(adapter_names)
+        }
+
+    rows = len(batch["labels"])
+    found = []
+    for active in names:
+        model.set_adapter(active)
+        alone = {name: gradients([name] * rows)[name] for name in names}
+        found.append((alone, gradients(names * (rows // 2))))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    model.set_adapter("exact")
+    exact = torch.autograd.grad(row_losses(model, batch).sum(), list(of(model, "exact").values()))
+    torch.testing.assert_close(found[0][0]["exact"], exact)
+    assert not torch.allclose(torch.cat(found[0][0]["small"]), torch.cat(exact), rtol=1e-2)
 
 
 def test_heads_that_are_no_single_layers_are_refused():

@@ -218,6 +218,35 @@ def test_gradients_to_the_second_order(zero):
     assert torch.autograd.gradcheck(ScaledMatrices.apply, (weight.requires_grad_(), row, column))
 
 
+class Experts3(nn.Module):
+    """Three experts, x (3, b, m) -> (3, b, n)."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4, 5))
+
+    def forward(self, x):
+        return torch.einsum("ebm,enm->ebn", x, self.weight)
+
+
+def test_torch_func_batches_and_differentiates_twice():
+    torch.manual_seed(0)
+    layer = get_peft_model(
+        nn.Sequential(Experts3()), HyperAdaptConfig(target_parameters=["0.weight"], init_weights=False)
+    ).base_model.model[0]
+    x = torch.randn(4, 3, 2, 5)
+    row = layer.hyperadapt_row["default"].weight.detach()
+
+    def loss(row, x):
+        return torch.func.functional_call(layer, {"hyperadapt_row.default.weight": row}, (x,)).tanh().square().sum()
+
+    torch.testing.assert_close(
+        torch.func.hessian(loss)(row, x[0]), torch.autograd.functional.hessian(lambda row: loss(row, x[0]), row)
+    )
+    got = torch.func.vmap(torch.func.grad(loss), (None, 0))(row, x)
+    torch.testing.assert_close(got, torch.stack([torch.func.grad(loss)(row, sample) for sample in x]))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradients_equal_the_dense_formula_s(transposed):
     class Experts(nn.Module):

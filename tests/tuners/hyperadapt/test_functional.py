@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
 from hyperadapt_peft import HyperAdaptConfig
 from hyperadapt_peft.cli.memory import KernelCounter
@@ -118,6 +118,24 @@ def test_gradients_per_sample_by_vmap_are_those_of_a_loop(name):
     model(x).square().sum().backward()
     for key, value in got.items():
         torch.testing.assert_close(value.sum(0), model.get_parameter(key).grad)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear-no-bias", "conv2d", "embedding"])
+def test_torch_func_differentiates_twice_and_forwards(name):
+    model, x = adapted(name)
+    scales = {key: value.detach() for key, value in scales_of(model).items()}
+
+    def loss(*values):
+        return functional_call(model, dict(zip(scales, values, strict=True)), (x,)).tanh().square().sum()
+
+    values, tangents = tuple(scales.values()), tuple(torch.randn_like(value) for value in scales.values())
+    numbers = tuple(range(len(values)))
+    expected = torch.autograd.functional.hessian(loss, values)
+    torch.testing.assert_close(hessian(loss, numbers)(*values), expected)
+    torch.testing.assert_close(jacrev(jacrev(loss, numbers), numbers)(*values), expected)
+    _, derivative = jvp(loss, values, tangents)
+    gradients = grad(loss, numbers)(*values)
+    torch.testing.assert_close(derivative, sum((g * t).sum() for g, t in zip(gradients, tangents, strict=True)))
 
 
 def kernels(bias, **options):

@@ -233,6 +233,23 @@ def test_mixed_batch_trains_each_sample_s_own_adapter():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_torch_func_differentiates_twice_and_forwards(structure):
+    _, model, x = adapt("wide", structure)
+    base = model.get_base_model()
+    name, weight = next((name, p.detach()) for name, p in base.named_parameters() if p.requires_grad)
+
+    def loss(weight):
+        return torch.func.functional_call(base, {name: weight}, (x,)).square().sum()
+
+    tangent = torch.randn_like(weight)
+    gradient = torch.func.grad(loss)
+    _, slope = torch.func.jvp(loss, (weight,), (tangent,))
+    torch.testing.assert_close(slope, (gradient(weight) * tangent).sum())
+    _, found = torch.func.jvp(gradient, (weight,), (tangent,))  # the Hessian times the tangent
+    torch.testing.assert_close(found, torch.func.grad(lambda weight: (gradient(weight) * tangent).sum())(weight))
+
+
 @pytest.mark.parametrize("placement", ["parallel", "sequential"])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_torch_func_gives_gradients_per_sample(structure, placement):
@@ -396,7 +413,7 @@ def test_kronecker_is_lokr():
         ({"placement": "attention"}, r"`placement` must be one of \('parallel', 'sequential'\), not 'attention'"),
         ({"r": 2}, "displacement rank of structure='ldr'"),
         ({"r": 0, "structure": "ldr"}, "`r` must be a positive integer"),
-        ({"alpha": float("nan")}, "`alpha` must be a finite number"),
+        ({"alpha": float("nan")}, "`alpha` must be finite in fp32"),
         ({"surm_dropout": 1.0}, r"`surm_dropout` must be in \[0, 1\)"),
         ({"symmetric": "yes"}, "`symmetric` must be bool, not 'yes'"),
     ],

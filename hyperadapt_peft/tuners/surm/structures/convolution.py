@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Optional
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ...common.autograd import Function
+from ...common.autograd import in_transform
 
 
 def convolve(x: Tensor, v: Tensor, out_features: int, f: int) -> Tensor:
@@ -25,34 +24,26 @@ def convolve(x: Tensor, v: Tensor, out_features: int, f: int) -> Tensor:
     Returns:
         `Tensor`: ((batch,) tokens, o, out).
     """
-    return _Convolution.apply(x, v, out_features, f)[0]
+    if in_transform():
+        n = v.shape[-1]
+        return _signal(_mix(_spectrum(x, n, f), _spectrum(v, n, f)), n, f)[..., :out_features]
+    return _Convolution.apply(x, v, out_features, f)
 
 
-class _Convolution(Function):
+class _Convolution(torch.autograd.Function):
     # Autograd through torch.fft takes up to twice the time: it differentiates a real FFT by a complex one of full length.
     # Here both gradients are again convolutions of the spectra at hand.
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, v: Tensor, out_features: int, f: int) -> tuple[Tensor, Tensor, Tensor]:
-        n = v.shape[-1]
-        x_spectrum, v_spectrum = _spectrum(x, n, f), _spectrum(v, n, f)
-        return _signal(_mix(x_spectrum, v_spectrum), n, f)[..., :out_features], x_spectrum, v_spectrum
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, v, _, f = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # of the spectra
-        ctx.save_for_backward(*output[1:])
+    def forward(ctx, x: Tensor, v: Tensor, out_features: int, f: int) -> Tensor:
         ctx.in_features, ctx.n, ctx.f = x.shape[-1], v.shape[-1], f
+        x_spectrum, v_spectrum = _spectrum(x, ctx.n, f), _spectrum(v, ctx.n, f)
+        ctx.save_for_backward(x_spectrum, v_spectrum)
+        return _signal(_mix(x_spectrum, v_spectrum), ctx.n, f)[..., :out_features]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Optional[Tensor], *_):
-        if grad is None:
-            return None, None, None, None
+    def backward(ctx, grad: Tensor):
         x_spectrum, v_spectrum = ctx.saved_tensors
         n, f = ctx.n, ctx.f
         grad_spectrum = _spectrum(grad, n, f)
