@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
 from hyperadapt_peft.cli.bench import FROZEN, METHODS, bench
@@ -61,6 +62,8 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results/gpu"))
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here; `--device cpu --small` runs the same code on tiny models")
     # what does not fit is then too much, not scattered
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     length, rounds = (16, 2) if args.small else (1024, 5)

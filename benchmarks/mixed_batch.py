@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from benchmarks.gpu import MODELS
 from hyperadapt_peft import HyperAdaptConfig
 from hyperadapt_peft.adapters.loading import load_adapters
-from hyperadapt_peft.cli.bench import _now
+from hyperadapt_peft.cli.bench import now
 from hyperadapt_peft.tuners.hyperadapt import HyperAdaptLayer
 
 
@@ -67,10 +67,10 @@ def memory() -> int:
 
 def clock(action: Callable[[], Any]) -> float:
     """The seconds that an action takes: this process's, or the clock's until the GPU has done it."""
-    now = partial(_now, "cuda") if torch.cuda.is_initialized() else time.process_time
-    start = now()
+    read = partial(now, "cuda") if torch.cuda.is_initialized() else time.process_time
+    start = read()
     action()
-    return now() - start
+    return read() - start
 
 
 def copy_lora(model: nn.Module, adapters: int) -> None:

@@ -97,9 +97,15 @@ def test_the_readmes_numbers_are_those_of_the_results():
     assert f"on an [H100](docs/results/gpu.md) {steps[0]} ({', '.join(steps[1:])}; 3B Llama, bf16)" in text
     kept = [hooks.gpu_kept("llama-3.2-3b", method) for method in ("hyperadapt", "hyperadapt-save-memory", "miss-r8")]
     assert f"on the H100 {kept[0]} ({kept[1]}; MiSS {kept[2]})." in text
-    key = "prefill of 16 tokens, 64 adapters / prefill of 16 tokens, one adapter"
-    mixed = {run["method"]: f"{run[key]:.2f}" for run in hooks.read("mixed_batch")["runs"] if run["loaded"] == 64}
-    assert f"take {mixed['HyperAdapt']} times the same rows with one (LoRA r=8: {mixed['LoRA r=8']})" in text
+    prefill, token = (
+        {run["method"]: f"{run[f'{kind}, 64 adapters / {kind}, one adapter']:.2f}" for run in mixed}
+        for mixed in [[run for run in hooks.read("mixed_batch")["runs"] if run["loaded"] == 64]]
+        for kind in ("prefill of 16 tokens", "single token")
+    )
+    assert (
+        f"take {prefill['HyperAdapt']} times the rows of one (LoRA r=8: {prefill['LoRA r=8']}), single tokens "
+        f"{token['HyperAdapt']} ({token['LoRA r=8']})."
+    ) in text
     quickstart = json.loads((ROOT / "benchmarks/results/quickstart/seed42-float32.json").read_text())
     assert f"{quickstart['parameters']['trainable_outside_head']:,} trained parameters" in text
     assert f"a file of {quickstart['adapter_bytes']:,} bytes" in text

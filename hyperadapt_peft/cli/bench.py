@@ -296,13 +296,13 @@ def _time(setups: dict[str, Setup], batch: dict[str, torch.Tensor], rounds: int)
         shuffle(order)
         for name in order:
             model, optimizer = setups[name]
-            start = _now(model.device.type)
+            start = now(model.device.type)
             _update(model(**batch).loss, optimizer)
-            seconds[name].append(_now(model.device.type) - start)
+            seconds[name].append(now(model.device.type) - start)
     return seconds
 
 
-def _now(device: str) -> float:
+def now(device: str) -> float:
     """The time when the device has done all that it was given."""
     if device == "cuda":
         torch.cuda.synchronize()

@@ -2,8 +2,20 @@
 
 import json
 
+import pytest
+import torch
+
 from benchmarks import gpu
 from hyperadapt_peft.cli.plan import plan
+
+
+def test_without_a_gpu_it_says_so_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["gpu", "--output-dir", str(tmp_path)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "torch sees no GPU here; `--device cpu --small`" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_all_that_a_gpu_should_show(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.nn import functional as F
 from torch.utils.data import Dataset, default_collate
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hyperadapt_peft import HyperAdaptConfig, SurmConfig
@@ -174,7 +174,12 @@ def collate(items):
     return batch
 
 
-def train(model, batch, names, output_dir):
+class TrainAll(TrainerCallback):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.set_requires_grad(list(model.peft_config))
+
+
+def train(model, batch, names, output_dir, resume=None, **options):
     """The documented way: names from the collator, the sum of the adapters' means, a parameter group for each."""
     groups = [{"params": list(of(model, name).values()), "lr": RUNS[name][0]} for name in names]
     Trainer(
@@ -182,13 +187,14 @@ def train(model, batch, names, output_dir):
         TrainingArguments(
             output_dir=output_dir, per_device_train_batch_size=ROWS * len(names), num_train_epochs=1, report_to=[],
             remove_unused_columns=False, max_grad_norm=0, lr_scheduler_type="linear", disable_tqdm=True,
-            save_strategy="no", train_sampling_strategy="sequential", use_cpu=True,
+            train_sampling_strategy="sequential", use_cpu=True, **{"save_strategy": "no"} | options,
         ),
         train_dataset=Rows(batch, names),
         data_collator=collate,
+        callbacks=[TrainAll()],
         optimizers=(torch.optim.AdamW(groups, weight_decay=0.01), None),
         compute_loss_func=lambda outputs, labels, **kwargs: F.cross_entropy(outputs.logits, labels, reduction="sum") / ROWS,
-    ).train()  # fmt: skip
+    ).train(resume_from_checkpoint=resume)  # fmt: skip
 
 
 def test_sixteen_adapters_from_one_run_are_those_of_sixteen_runs(tmp_path):
@@ -209,6 +215,16 @@ def test_sixteen_adapters_from_one_run_are_those_of_sixteen_runs(tmp_path):
     loaded = PeftModel.from_pretrained(build("bert")[0], tmp_path / name, adapter_name=name)  # as any adapter
     with torch.no_grad():
         torch.testing.assert_close(loaded(**batch).logits, alone.eval()(**batch).logits, rtol=1e-3, atol=1e-5)
+
+
+def test_a_run_of_many_adapters_is_resumed(tmp_path):
+    names = list(RUNS)[:3]
+    model, batch = adapted("bert", HyperAdaptConfig, names, init_weights=True)
+    train(model, batch, names, tmp_path, save_strategy="steps", save_steps=2)
+    again, batch = adapted("bert", HyperAdaptConfig, names, init_weights=True)
+    train(again, batch, names, tmp_path, resume=str(tmp_path / "checkpoint-2"))
+    for name in names:
+        torch.testing.assert_close(of(again, name), of(model, name))
 
 
 def test_frozen_adapters_are_refused():
