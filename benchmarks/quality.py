@@ -199,9 +199,9 @@ TASKS: dict[str, dict[str, Any]] = {
             "text_column": "passage",
             "text_pair_column": "claim",
             "max_length": 96,
-            "max_train_samples": 1600,
+            "max_train_samples": 6000,
             "max_validation_samples": 600,
-            "max_test_samples": 4500,
+            "max_test_samples": 1500,
         }
     },
     "fashion-mnist": IMAGES

@@ -93,7 +93,8 @@ def draw_cost(tasks: dict[str, dict[str, Seeds]], rows: dict[str, dict[str, Any]
 
 def main() -> None:
     files = sorted((RESULTS / "quality").glob("*.json"))
-    tasks = {file.stem: methods_of(json.loads(file.read_text())) for file in files}
+    found = {file.stem: methods_of(json.loads(file.read_text())) for file in files}
+    tasks = {task: methods for task, methods in found.items() if methods}
     rows = {row["method"]: row for row in json.loads((RESULTS / "bench" / "bench.json").read_text())["rows"]}
     draw_size(tasks).savefig(RESULTS / "quality" / "size.png")
     draw_cost(tasks, rows).savefig(RESULTS / "quality" / "cost.png")

@@ -178,8 +178,9 @@ def quality_standings(reference: str) -> str:
 
 
 def quality_tasks(kind: str = "") -> list[str]:
-    """The tasks that have results, or results of a kind: `one_rate/`."""
-    return sorted(path.stem for path in (RESULTS / "quality").glob(f"{kind}*.json"))
+    """The tasks that HyperAdapt and LoRA ran on, or did in a kind of training: `one_rate/`."""
+    tasks = sorted(path.stem for path in (RESULTS / "quality").glob(f"{kind}*.json"))
+    return [task for task in tasks if {"HyperAdapt", "LoRA r=1"} <= chosen(kind + task).keys()]
 
 
 def quality_tables(kind: str = "") -> str:
