@@ -121,6 +121,7 @@ OTHER_TRAINING: dict[str, dict[str, Any]] = {
     "head at 0.008": {"head_learning_rate": 8e-3},
     "head at 0.016": {"head_learning_rate": 1.6e-2},
     "3 epochs": {"num_train_epochs": 3},
+    "10 epochs": {"num_train_epochs": 10},
     "3 epochs, head at 0.004": {"num_train_epochs": 3, "head_learning_rate": 4e-3},
 }
 CANDIDATES = (

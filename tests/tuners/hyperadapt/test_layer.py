@@ -103,7 +103,7 @@ def test_gradcheck(name, sides):
         return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,))
 
     x = x.clone().requires_grad_() if x.is_floating_point() else x
-    assert torch.autograd.gradcheck(run, (x, *values), fast_mode=True)
+    assert torch.autograd.gradcheck(run, (x, *values), fast_mode=True, check_forward_ad=True)
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d-groups", "embedding"])

@@ -92,7 +92,7 @@ class TestBothPlacements:
         def run(x, *values):
             return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,))
 
-        assert torch.autograd.gradcheck(run, (x.requires_grad_(), *values), fast_mode=True)
+        assert torch.autograd.gradcheck(run, (x.requires_grad_(), *values), fast_mode=True, check_forward_ad=True)
 
 
 def test_kronecker_products_in_bf16():
