@@ -131,6 +131,8 @@ def bench(
             gc.collect()
             torch.cuda.empty_cache()
     seconds = _time(setups, batch, rounds)
+    for name in setups.keys() - seconds.keys():
+        rows[name] = {"method": name, "out_of_memory": True}
     for name, own in seconds.items():
         ratios = [step / frozen for step, frozen in zip(own, seconds[FROZEN], strict=True)]
         rows[name] |= {
@@ -288,17 +290,24 @@ def _median(run: Callable[[], Any], setup: Callable[[], Any] | str = "pass") -> 
 
 
 def _time(setups: dict[str, Setup], batch: dict[str, torch.Tensor], rounds: int) -> dict[str, list[float]]:
-    """Method -> the seconds of its step in each round."""
+    """Method -> the seconds of its step in each round; without those for which the memory was too small in the end."""
     seconds: dict[str, list[float]] = {name: [] for name in setups}
-    order, shuffle = list(setups), random.Random(0).shuffle
+    shuffle = random.Random(0).shuffle
     for _ in tqdm(range(rounds), desc="rounds", unit="round"):
         gc.collect()
+        order = [*seconds]
         shuffle(order)
         for name in order:
             model, optimizer = setups[name]
             start = now(model.device.type)
-            _update(model(**batch).loss, optimizer)
-            seconds[name].append(now(model.device.type) - start)
+            try:
+                _update(model(**batch).loss, optimizer)
+            except torch.OutOfMemoryError:
+                if name == FROZEN:
+                    raise
+                del seconds[name]
+            else:
+                seconds[name].append(now(model.device.type) - start)
     return seconds
 
 

@@ -49,6 +49,27 @@ def test_all_methods_are_measured(tmp_path, capsys):
             assert (row["trainable"], row["saved_bytes"]) == (planned.trainable, planned.activation_bytes)
 
 
+@pytest.mark.parametrize("steps", [0, 3], ids=["at once", "in the second round"])
+def test_a_method_for_which_memory_is_too_small_has_a_row_that_says_so(tmp_path, monkeypatch, steps):
+    tiny.build("bert")[0].config.save_pretrained(tmp_path)
+    done = []
+
+    def update(loss, optimizer):
+        if optimizer is not None and len(optimizer.param_groups[0]["params"][0]) == 8:  # LoRA's r
+            done.append(loss)
+            if len(done) > steps:
+                raise torch.OutOfMemoryError("full")
+        own(loss, optimizer)
+
+    own = bench._update
+    monkeypatch.setattr(bench, "_update", update)
+    options = {"rounds": 2, "methods": ["ia3", "lora-r8"], "output_dir": tmp_path / "out"}
+    frozen, ia3, lora = bench.bench(str(tmp_path), "sequence-classification", 2, 8, **options)["rows"]
+    assert len(done) == steps + 1 and lora == {"method": "lora-r8", "out_of_memory": True}
+    assert len(frozen["step_ratios"]) == len(ia3["step_ratios"]) == 2
+    assert "| lora-r8 | out of memory |" in (tmp_path / "out" / "bench.md").read_text()
+
+
 def test_only_the_methods_asked_for_beside_frozen(tmp_path):
     config = tiny.build("bert")[0].config
     config.save_pretrained(tmp_path)
