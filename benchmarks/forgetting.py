@@ -8,6 +8,7 @@ how well they predict the tokens of movie-review sentences. Writes benchmarks/re
 learning rate the sums' validation scores beside the sentences', one per seed.
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -33,6 +34,7 @@ SENTENCES = {
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     learned = load(ROOT / "configs/compare/arithmetic.yaml")
     name = next(iter(learned.methods))
     _, values = learned.recipe_of(name, learned.methods[name].learning_rates[0], learned.seeds[0])

@@ -33,14 +33,17 @@ TARGETS = ["query", "key", "value", "dense"]
 STRENGTH = 0.2
 TOKENS = 32  # of each review; shorter ones are left out, so that nothing is padding
 BATCH = 16
-RATES = (1e-3, 4e-3, 1.6e-2)
+RATES = (1e-3, 4e-3, 1.6e-2, 6.4e-2)
 UPDATES = ("rank 4", "full rank", "scales")
+COLOURS = ("#d9552b", "#6d5400", "#b08900")  # of methods that are not LoRA
 
 
 def configs() -> dict[str, PeftConfig]:
     lora = {f"LoRA r={r}": LoraConfig(r=r, lora_alpha=r, target_modules=TARGETS) for r in (1, 4, 16, 64)}
+    kronecker = SurmConfig(structure="kronecker", target_modules=TARGETS)
     circulant = SurmConfig(structure="circulant", target_modules=TARGETS)
-    return {"HyperAdapt": HyperAdaptConfig(target_modules=TARGETS), "SURM circulant": circulant, **lora}
+    surm = {"SURM Kronecker": kronecker, "SURM circulant": circulant}
+    return {"HyperAdapt": HyperAdaptConfig(target_modules=TARGETS), **surm, **lora}
 
 
 def update(weight: torch.Tensor, kind: str) -> torch.Tensor:
@@ -153,7 +156,7 @@ def draw(rows: list[dict[str, Any]]) -> Any:
             color="#3b6fb6",
             label="LoRA r=1, 4, 16, 64",
         )
-        for row, colour in zip((row for row in ours if row not in lora), ("#d9552b", "#b08900"), strict=True):
+        for row, colour in zip((row for row in ours if row not in lora), COLOURS, strict=True):
             axes.plot(row["trained"], row["error"], "o", color=colour, label=row["method"])
         axes.set(xscale="log", title=kind, ylim=(-0.04, 1.04))
         axes.grid(alpha=0.25)

@@ -1,6 +1,7 @@
 """What the pages take from the committed results: `{{ name(arguments) }}` in a page becomes a table or a number."""
 
 import ast
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import t, ttest_1samp
+
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # mkdocs runs elsewhere
@@ -18,8 +21,6 @@ from benchmarks import runs
 
 RESULTS = ROOT / "benchmarks" / "results"
 KINDS = ("numerical", "effective", "stable")
-# Student's t for a 95 % interval, by degrees of freedom
-T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 CALL = re.compile(r"\{\{ (\w+)\((.*?)\) \}\}")
 
 
@@ -102,7 +103,17 @@ def interval(differences: list[float]) -> tuple[float, float] | None:
     count = len(differences)
     if count < 2:
         return None
-    return statistics.mean(differences), T95[count - 1] * statistics.stdev(differences) / count**0.5
+    return statistics.mean(differences), float(t.ppf(0.975, count - 1)) * statistics.stdev(differences) / count**0.5
+
+
+def holm(p_values: dict[Any, float]) -> set[Any]:
+    """What is significant at 5 % among all of these."""
+    found = set()
+    for i, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        if p > 0.05 / (len(p_values) - i):
+            break
+        found.add(name)
+    return found
 
 
 def chosen(task: str) -> dict[str, dict[int, dict[str, Any]]]:
@@ -110,9 +121,14 @@ def chosen(task: str) -> dict[str, dict[int, dict[str, Any]]]:
     return runs.chosen(read(f"quality/{task}")["runs"])
 
 
+def differences(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) -> list[float]:
+    """The differences on test, in points, of the seeds that both have."""
+    return [100 * (ours[seed]["test"] - theirs[seed]["test"]) for seed in ours.keys() & theirs.keys()]
+
+
 def difference(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) -> tuple[float, float] | None:
     """`interval` of the differences on test, of the seeds that both have."""
-    return interval([100 * (ours[seed]["test"] - theirs[seed]["test"]) for seed in ours.keys() & theirs.keys()])
+    return interval(differences(ours, theirs))
 
 
 def side(mean: float, half: float) -> str:
@@ -121,7 +137,10 @@ def side(mean: float, half: float) -> str:
 
 
 def quality(task: str, *some_methods: str) -> str:
-    """All or some methods of a task: scores in percent, and the differences to LoRA of equal and of eight times the size."""
+    """All or some methods of a task: scores in percent, and the differences to LoRA of equal and of eight times the size.
+
+    LoRA as it was trained too, as with three epochs, if it was.
+    """
     methods = chosen(task)
     lines = []
     for method in some_methods or methods:
@@ -129,7 +148,9 @@ def quality(task: str, *some_methods: str) -> str:
         some = next(iter(seeds.values()))
         line = [method, f"{some['trainable_outside_head']:,}", f"{some['learning_rate']:g}", len(seeds)]
         line += [mean_and_error([run[split] for run in seeds.values()]) for split in ("validation", "test")]
-        for reference in ("LoRA r=1", "LoRA r=8"):
+        trained_so = method.removeprefix(method.split(", ")[0])
+        for lora in ("LoRA r=1", "LoRA r=8"):
+            reference = lora + trained_so if lora + trained_so in methods else lora
             found = difference(seeds, methods[reference]) if method != reference and reference in methods else None
             line.append("{:+.1f} ± {:.1f}".format(*found) if found else "")
         lines.append(line)
@@ -137,44 +158,61 @@ def quality(task: str, *some_methods: str) -> str:
     return table([*header, "beside LoRA r=1", "beside LoRA r=8"], lines)
 
 
-def quality_summary(method: str) -> str:
-    """Where a method is ahead of LoRA, level with it (an interval that holds 0) and behind, task by task."""
-    lines = []
+def standing(method: str, reference: str) -> str:
+    """On which tasks a method is ahead of another, level with it and behind it, in words."""
+    found: dict[str, list[str]] = {"ahead": [], "behind": [], "level": []}
     for task in quality_tasks():
         methods = chosen(task)
-        line = [task]
-        for reference in ("LoRA r=1", "LoRA r=8"):
-            found = difference(methods[method], methods[reference]) if {method, reference} <= methods.keys() else None
-            if found is None:
-                line.append("")
-                continue
-            line.append("{}: {:+.1f} ± {:.1f}".format(side(*found), *found))
-        lines.append(line)
-    return table(["task", "beside LoRA r=1, points", "beside LoRA r=8, points"], lines, left=3)
+        pair = difference(methods.get(method, {}), methods.get(reference, {}))
+        if pair:
+            found[side(*pair)].append(task)
+    level = len(found.pop("level"))
+    said = [f"{where} on {', '.join(tasks)}" for where, tasks in found.items() if tasks]
+    return ", ".join([*said, f"level on {'the other ' if said else 'all '}{level}"])
+
+
+def quality_summary(method: str) -> str:
+    """Where a method is ahead of LoRA, level with it (an interval that holds 0) and behind, task by task.
+
+    With a star where that stays so after Holm's correction for the comparisons of this table.
+    """
+    tasks = {task: chosen(task) for task in quality_tasks()}
+    pairs = [(task, reference) for task in tasks for reference in ("LoRA r=1", "LoRA r=8")]
+    found = {(task, name): differences(tasks[task][method], tasks[task][name]) for task, name in pairs}
+    certain = holm({pair: ttest_1samp(points, 0).pvalue for pair, points in found.items()})
+    lines: dict[str, list[str]] = {task: [task] for task in tasks}
+    for pair, points in found.items():
+        mean, half = interval(points) or (0, 0)
+        star = "*" if pair in certain else ""
+        lines[pair[0]].append(f"{side(mean, half)}{star}: {mean:+.1f} ± {half:.1f}")
+    return table(["task", "beside LoRA r=1, points", "beside LoRA r=8, points"], [*lines.values()], left=3)
 
 
 def quality_standings(reference: str) -> str:
-    """Where other methods are ahead of a reference, level with it and behind, by tasks, of those that ran on most of them."""
+    """Where other methods are ahead of a reference and behind it, of those that ran on most tasks, film reviews among them.
+
+    The mean is over the tasks that a method ran on, and, as where some seeds learn nothing decides it, without syllogisms.
+    """
     tasks = {task: chosen(task) for task in quality_tasks()}
     lines: list[tuple[float, list[Any]]] = []
-    for method in dict.fromkeys(name for methods in tasks.values() for name in methods if ", " not in name):
+    for method in tasks["film-reviews"]:
         found = {
-            task: difference(methods[method], methods[reference])
+            task: pair
             for task, methods in tasks.items()
-            if method != reference and method in methods
+            if method != reference and method in methods and (pair := difference(methods[method], methods[reference]))
         }
-        intervals = {task: interval for task, interval in found.items() if interval}
-        if len(intervals) < len(tasks) / 2:
+        if len(found) < len(tasks) / 2:
             continue
-        sides: dict[str, list[str]] = {"ahead": [], "level": [], "behind": []}
-        for task, interval in intervals.items():
-            sides[side(*interval)].append(task)
-        total = statistics.mean(mean for mean, _ in intervals.values())
+        means = [
+            statistics.mean(mean for task, (mean, _) in found.items() if task != out) for out in ("", "syllogisms")
+        ]
+        sides = [
+            ", ".join(task for task, pair in found.items() if side(*pair) == which) for which in ("ahead", "behind")
+        ]
         trained = _trained(tasks["film-reviews"][method])
-        cells = [", ".join(sides["ahead"]), ", ".join(sides["behind"])]
-        lines.append((total, [method, f"{trained:,}", f"{len(intervals)}", f"{total:+.1f}", *cells]))
-    header = ["method", "trained, MiniLM", "tasks", f"beside {reference}, points", "ahead on", "behind on"]
-    return table(header, [line for _, line in sorted(lines, key=lambda item: -item[0])])
+        lines.append((means[0], [method, f"{trained:,}", len(found), *(f"{mean:+.1f}" for mean in means), *sides]))
+    header = ["method", "trained, MiniLM", "tasks", f"beside {reference}, points", "without syllogisms"]
+    return table([*header, "ahead on", "behind on"], [line for _, line in sorted(lines, key=lambda item: -item[0])])
 
 
 def quality_tasks(kind: str = "") -> list[str]:
@@ -195,17 +233,18 @@ def quality_tables(kind: str = "") -> str:
 
 def head_rates() -> str:
     """Validation scores by the head's rate, under the first seed, at the one adapter's rate that ran with all of them."""
-    heads = ("2e-3", "4e-3", "8e-3", "1.6e-2")
+    heads = ("2e-3", "4e-3", "8e-3", "1.6e-2", "3.2e-2", "6.4e-2", "1.28e-1")
     lines = []
     for task in quality_tasks():
         results = read(f"quality/{task}")
         methods, own = runs.by_rate(results["runs"]), results["recipe"]["training"].get("head_learning_rate")
-        for method in ("HyperAdapt", "LoRA r=1", "LoRA r=8"):
+        for method in ("HyperAdapt", "SURM Kronecker", "LoRA r=1", "LoRA r=8"):
             names = [method if float(head) == own else f"{method}, head at {float(head):g}" for head in heads]
-            if not methods.keys() >= set(names):
+            tried = [set(methods[name]) for name in names if name in methods]
+            if len(tried) < 4:
                 continue
-            (rate,) = set.intersection(*(set(methods[name]) for name in names if name != method))
-            scores = [methods[name].get(rate, {}).get(0) for name in names]
+            rate = min(set.intersection(*tried))
+            scores = [methods[name][rate].get(0) if name in methods else None for name in names]
             cells = [f"{100 * run['validation']:.1f}" if run else "" for run in scores]
             lines.append([task, method, f"{rate:g}", *cells])
     return table(["task", "method", "learning rate", *(f"head at {head}" for head in heads)], lines, left=2)
@@ -228,6 +267,28 @@ def quality_overview(*some_methods: str) -> str:
         line = [mean_and_error([run["test"] for run in methods[name].values()]) for name in some_methods]
         lines.append([task, *line])
     return table(["task", *some_methods], lines)
+
+
+def quality_both() -> str:
+    """Scales and Kronecker products together: test, and the differences to the better part, by validation, and to LoRA."""
+    names = ("HyperAdapt", "SURM Kronecker", "HyperAdapt and Kronecker", "LoRA r=2", "LoRA r=8")
+    lines = []
+    for task, label in itertools.product(quality_tasks(), ("", ", head at 0.016")):
+        one, other, both, *lora = (chosen(task).get(name + label, {}) for name in names)
+        if not both:
+            continue
+        better = max(one, other, key=lambda part: runs.mean(part, "validation"))
+        line = [
+            task + label,
+            *(mean_and_error([run["test"] for run in seeds.values()]) for seeds in (one, other, both)),
+        ]
+        for reference in (better, *lora):
+            found = difference(both, reference)
+            line.append("{:+.1f} ± {:.1f}".format(*found) if found else "")
+        lines.append(line)
+    return table(
+        ["task", *names[:2], "both", "beside the better part", *(f"beside {name}" for name in names[3:])], lines
+    )
 
 
 def surm_tried() -> str:
@@ -258,7 +319,7 @@ def best_by_size() -> str:
     shares = {"1/8": 1 / 8, "1/3": 1 / 3, "1": 1.0}
     lines = []
     for task in quality_tasks():
-        methods = {name: seeds for name, seeds in chosen(task).items() if len(seeds) > 1}
+        methods = {name: seeds for name, seeds in chosen(task).items() if len(seeds) > 1 and ", " not in name}
         whole, line = _trained(methods["LoRA r=8"]), [task]
         for share in shares.values():
             fitting = [name for name, seeds in methods.items() if _trained(seeds) <= share * whole]
@@ -454,7 +515,7 @@ FUNCTIONS = {
     function.__name__: function
     for function in (
         approximation, bench, best_by_size, command_line, comparison, conformance, forgetting, fuzz, gpu_kept, gpu_memory, gpu_rounds, head_rates,
-        include, known_update, mixed_batch, paired, patches, quality, quality_overview, quality_rates, quality_recipe,
-        quality_standings, quality_summary, quality_tables, ranks, skips, surm_tried, sweep, value, versions, vllm, vllm_slots,
+        include, known_update, mixed_batch, paired, patches, quality, quality_both, quality_overview, quality_rates, quality_recipe,
+        quality_standings, quality_summary, quality_tables, ranks, skips, standing, surm_tried, sweep, value, versions, vllm, vllm_slots,
     )
 }  # fmt: skip
