@@ -8,6 +8,7 @@ import re
 import statistics
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ def holm(p_values: dict[Any, float]) -> set[Any]:
     return found
 
 
+@cache
 def chosen(task: str) -> dict[str, dict[int, dict[str, Any]]]:
     """Method -> seed -> run of a task of `benchmarks.quality`, at the method's best rate."""
     return runs.chosen(read(f"quality/{task}")["runs"])
@@ -129,6 +131,16 @@ def differences(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any
 def difference(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) -> tuple[float, float] | None:
     """`interval` of the differences on test, of the seeds that both have."""
     return interval(differences(ours, theirs))
+
+
+def intervals(method: str, reference: str) -> dict[str, tuple[float, float]]:
+    """Task -> `difference` of two methods, of the tasks on which both have seeds in common."""
+    found = {}
+    for task in quality_tasks():
+        methods = chosen(task)
+        if pair := difference(methods.get(method, {}), methods.get(reference, {})):
+            found[task] = pair
+    return found
 
 
 def side(mean: float, half: float) -> str:
@@ -161,11 +173,8 @@ def quality(task: str, *some_methods: str) -> str:
 def standing(method: str, reference: str) -> str:
     """On which tasks a method is ahead of another, level with it and behind it, in words."""
     found: dict[str, list[str]] = {"ahead": [], "behind": [], "level": []}
-    for task in quality_tasks():
-        methods = chosen(task)
-        pair = difference(methods.get(method, {}), methods.get(reference, {}))
-        if pair:
-            found[side(*pair)].append(task)
+    for task, pair in intervals(method, reference).items():
+        found[side(*pair)].append(task)
     level = len(found.pop("level"))
     said = [f"{where} on {', '.join(tasks)}" for where, tasks in found.items() if tasks]
     return ", ".join([*said, f"level on {'the other ' if said else 'all '}{level}"])
@@ -193,15 +202,10 @@ def quality_standings(reference: str) -> str:
 
     The mean is over the tasks that a method ran on, and, as where some seeds learn nothing decides it, without syllogisms.
     """
-    tasks = {task: chosen(task) for task in quality_tasks()}
     lines: list[tuple[float, list[Any]]] = []
-    for method in tasks["film-reviews"]:
-        found = {
-            task: pair
-            for task, methods in tasks.items()
-            if method != reference and method in methods and (pair := difference(methods[method], methods[reference]))
-        }
-        if len(found) < len(tasks) / 2:
+    for method, seeds in chosen("film-reviews").items():
+        found = intervals(method, reference)
+        if method == reference or len(found) < len(quality_tasks()) / 2:
             continue
         means = [
             statistics.mean(mean for task, (mean, _) in found.items() if task != out) for out in ("", "syllogisms")
@@ -209,7 +213,7 @@ def quality_standings(reference: str) -> str:
         sides = [
             ", ".join(task for task, pair in found.items() if side(*pair) == which) for which in ("ahead", "behind")
         ]
-        trained = _trained(tasks["film-reviews"][method])
+        trained = _trained(seeds)
         lines.append((means[0], [method, f"{trained:,}", len(found), *(f"{mean:+.1f}" for mean in means), *sides]))
     header = ["method", "trained, MiniLM", "tasks", f"beside {reference}, points", "without syllogisms"]
     return table([*header, "ahead on", "behind on"], [line for _, line in sorted(lines, key=lambda item: -item[0])])

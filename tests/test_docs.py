@@ -97,9 +97,9 @@ def test_the_readmes_numbers_are_those_of_the_results():
     assert f"on an [H100](docs/results/gpu.md) {steps[0]} ({', '.join(steps[1:])}; 3B Llama, bf16)" in text
     kept = [hooks.gpu_kept("llama-3.2-3b", method) for method in ("hyperadapt", "hyperadapt-save-memory", "miss-r8")]
     assert f"on the H100 {kept[0]} ({kept[1]}; MiSS {kept[2]})." in text
+    mixed = [run for run in hooks.read("mixed_batch")["runs"] if run["loaded"] == 64]
     prefill, token = (
         {run["method"]: f"{run[f'{kind}, 64 adapters / {kind}, one adapter']:.2f}" for run in mixed}
-        for mixed in [[run for run in hooks.read("mixed_batch")["runs"] if run["loaded"] == 64]]
         for kind in ("prefill of 16 tokens", "single token")
     )
     assert (
