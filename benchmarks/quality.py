@@ -7,7 +7,7 @@ A method begins with three rates, each half of the next, under the first seed. T
 score so far is run under further seeds; where it is the lowest or the highest, the grid is widened on that side. That
 goes on until the best rate has all seeds and a neighbour on both sides, or there are eight rates. Where rates score the
 same, as where none learns, it is widened to higher ones. All methods of a task share all but the tuner and its rate, but
-for what VARIANTS and OTHER_TRAINING say; a new head has a rate of its own, the same for all. Every run is kept in
+for what VARIANTS and OTHER_RECIPES say; a new head has a rate of its own, the same for all. Every run is kept in
 benchmarks/results/quality/<task>.json, and none is repeated. The methods take turns, one run each, so that a stop leaves
 all about as far.
 """
@@ -49,14 +49,14 @@ MOST_RATES = 8
 class Method(NamedTuple):
     """A method's `tuner` section, the middle of the rates it begins with, and what it has of its own.
 
-    That is a second adapter on the same layers, changes of the `training` section, or how many rows and columns the first
+    That is a second adapter on the same layers, changes of the recipe's sections, or how many rows and columns the first
     factor of Kronecker products has, where it is not the one of the fewest parameters.
     """
 
     tuner: dict[str, Any]
     rate: float
     beside: dict[str, Any] | None = None
-    training: Mapping[str, Any] = MappingProxyType({})
+    changes: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     factor: int | None = None
 
 
@@ -89,8 +89,12 @@ VARIANTS = {
     "HyperAdapt alpha=5 and circulant": Method(
         {"peft_type": "HYPERADAPT", "alpha": 5.0}, 2e-3, {"structure": "circulant", "alpha": 5.0}
     ),
-    "HyperAdapt, weight decay 0.01": Method({"peft_type": "HYPERADAPT"}, 1e-3, training={"weight_decay": 0.01}),
-    "HyperAdapt, weight decay 0.1": Method({"peft_type": "HYPERADAPT"}, 1e-3, training={"weight_decay": 0.1}),
+    "HyperAdapt, weight decay 0.01": Method(
+        {"peft_type": "HYPERADAPT"}, 1e-3, changes={"training": {"weight_decay": 0.01}}
+    ),
+    "HyperAdapt, weight decay 0.1": Method(
+        {"peft_type": "HYPERADAPT"}, 1e-3, changes={"training": {"weight_decay": 0.1}}
+    ),
     "HyperAdapt and norms": Method({"peft_type": "HYPERADAPT", "modules_to_save": ["LayerNorm"]}, 1e-3),
     "HyperAdapt, biases and norms": Method(
         {"peft_type": "HYPERADAPT", "bias": "all", "modules_to_save": ["LayerNorm"]}, 1e-3
@@ -115,24 +119,23 @@ VARIANTS = {
     "LoRA r=1 lora_alpha=1": Method({"peft_type": "LORA", "r": 1, "lora_alpha": 1, **LINEARS}, 4e-3),
     "LoRA r=1 on q, k, v": Method({"peft_type": "LORA", "r": 1} | QKV, 2e-3),
 }
-OTHER_TRAINING: dict[str, dict[str, Any]] = {
-    "head at 0.002": {"head_learning_rate": 2e-3},
-    "head at 0.004": {"head_learning_rate": 4e-3},
-    "head at 0.008": {"head_learning_rate": 8e-3},
-    "head at 0.016": {"head_learning_rate": 1.6e-2},
-    "head at 0.032": {"head_learning_rate": 3.2e-2},
-    "head at 0.064": {"head_learning_rate": 6.4e-2},
-    "head at 0.128": {"head_learning_rate": 1.28e-1},
-    "3 epochs": {"num_train_epochs": 3},
-    "3 epochs, head at 0.004": {"num_train_epochs": 3, "head_learning_rate": 4e-3},
+OTHER_RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    **{
+        f"head at {rate:g}": {"training": {"head_learning_rate": rate}}
+        for rate in (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1)
+    },
+    "3 epochs": {"training": {"num_train_epochs": 3}},
+    "3 epochs, head at 0.004": {"training": {"num_train_epochs": 3, "head_learning_rate": 4e-3}},
+    "10 epochs": {"training": {"num_train_epochs": 10}},
+    "300 rows, 10 epochs": {"data": {"max_train_samples": 300}, "training": {"num_train_epochs": 10}},
 }
 CANDIDATES = (
     METHODS
     | VARIANTS
     | {
-        f"{name}, {label}": METHODS[name]._replace(training=training)
+        f"{name}, {label}": METHODS[name]._replace(changes=changes)
         for name in METHODS
-        for label, training in OTHER_TRAINING.items()
+        for label, changes in OTHER_RECIPES.items()
     }
 )
 TRAINING = {
@@ -272,8 +275,20 @@ TASKS: dict[str, dict[str, Any]] = {
             "max_new_tokens": 8,
             "max_length": 128,
             "max_train_samples": 320,
-            "max_validation_samples": 100,
-            "max_test_samples": 400,
+            "max_validation_samples": 200,
+            "max_test_samples": 800,
+        }
+    },
+    "social-choices": LANGUAGE
+    | {
+        "data": {
+            "name": ".cache/embedded/social-choices",
+            "prompt": "{question}\nAnswer: ",
+            "choices": "choices",
+            "completion_column": "answer",
+            "metric": "choice_likelihood",
+            "max_length": 96,
+            "max_train_samples": 512,
         }
     },
 }
@@ -338,7 +353,8 @@ def run(recipe: dict[str, Any], method: str, rate: float, seed: int) -> dict[str
     values = copy.deepcopy(recipe)
     candidate = CANDIDATES[method]
     values["tuner"] = copy.deepcopy(candidate.tuner)
-    values["training"] |= candidate.training
+    for section, changes in candidate.changes.items():
+        values[section] |= changes
     with tempfile.TemporaryDirectory() as directory, both(candidate.beside), first_factor(candidate.factor):
         values["training"] |= {"learning_rate": rate, "seed": seed, "output_dir": directory}
         result = train(recipes.check(values))
