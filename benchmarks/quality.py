@@ -84,6 +84,8 @@ METHODS = {
 }
 # What else was tried; not run unless it is named.
 VARIANTS = {
+    "HyperAdapt, columns": Method({"peft_type": "HYPERADAPT", "sides": "column"}, 1e-3),
+    "HyperAdapt, rows": Method({"peft_type": "HYPERADAPT", "sides": "row"}, 1e-3),
     "HyperAdapt alpha=5": Method({"peft_type": "HYPERADAPT", "alpha": 5.0}, 2e-3),
     "HyperAdapt alpha=5 and biases": Method({"peft_type": "HYPERADAPT", "alpha": 5.0, "bias": "all"}, 2e-3),
     "HyperAdapt alpha=5 and circulant": Method(

@@ -1,7 +1,8 @@
 """`python -m benchmarks.tradeoffs`: quality against size and against cost, from the committed results.
 
-Writes benchmarks/results/quality/size.png, a panel for each task of `benchmarks.quality`, and cost.png: the difference to
-LoRA r=8, a dot for each task, against a training step's time and memory, of `hyperadapt bench`.
+Writes benchmarks/results/quality/size.png, a panel for each task of `benchmarks.quality`, and cost.png, a line for each
+method: the difference to LoRA r=8, a dot for each task and a bar for the median, its size, and a training step's time and
+memory, of `hyperadapt bench`.
 """
 
 import json
@@ -18,9 +19,10 @@ from benchmarks.runs import Seeds, chosen
 RESULTS = Path(__file__).parent / "results"
 # a method of `benchmarks.quality` -> its row of `hyperadapt bench`
 ROWS = {
-    "HyperAdapt": "hyperadapt", "LoRA r=8": "lora-r8", "IA3": "ia3", "full fine-tuning": "full", "VeRA": "vera-r256",
-    "RoAd": "road", "C3A": "c3a", "SURM circulant": "surm-circulant", "SURM Kronecker": "surm-kronecker",
+    "HyperAdapt": "hyperadapt", "LoRA r=1": "lora-r1", "LoRA r=8": "lora-r8", "IA3": "ia3", "full fine-tuning": "full",
+    "VeRA": "vera-r256", "RoAd": "road", "C3A": "c3a", "SURM circulant": "surm-circulant", "SURM Kronecker": "surm-kronecker",
 }  # fmt: skip
+TEXT = "film-reviews"  # a task on which all methods ran, with MiniLM
 COLOURS = {
     "HyperAdapt": "#d9552b", "LoRA r=1": "#3b6fb6", "LoRA r=2": "#5c8fd0", "LoRA r=8": "#1c3f70", "IA3": "#4a9d5b",
     "full fine-tuning": "#444444", "SURM circulant": "#b08900", "SURM Kronecker": "#6d5400",
@@ -68,32 +70,41 @@ def draw_size(tasks: dict[str, dict[str, Seeds]]) -> Figure:
 
 
 def draw_cost(tasks: dict[str, dict[str, Seeds]], rows: dict[str, dict[str, Any]]) -> Figure:
-    figure = Figure(figsize=(8, 3.8), dpi=150, layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for method, row in ROWS.items():
-        pairs = [(methods[method], methods["LoRA r=8"]) for methods in tasks.values() if method in methods]
+    """A line for each method, those of few parameters first: quality, size and what a step costs, side by side."""
+    sizes = {method: next(iter(runs.values()))["trainable_outside_head"] for method, runs in tasks[TEXT].items()}
+    methods = sorted(COLOURS.keys() & sizes.keys(), key=lambda method: -sizes[method])
+    figure = Figure(figsize=(8, 0.3 * len(methods) + 1.3), dpi=150, layout="constrained")
+    panels = figure.subplots(1, 4, sharey=True, width_ratios=(3, 2, 2, 2))
+    for place, method in enumerate(methods):
+        pairs = [(found[method], found["LoRA r=8"]) for found in tasks.values() if method in found]
         differences = [  # of the seeds that both have
             statistics.mean(100 * (ours[seed]["test"] - lora[seed]["test"]) for seed in ours.keys() & lora.keys())
             for ours, lora in pairs
         ]
-        if not differences:
-            continue
-        for axes, key, unit in zip(panels, ("step_ratio", "saved_bytes"), (1, 2**20), strict=True):
-            places = [rows[row][key] / unit] * len(differences)
-            label = f"{method} ({len(differences)})"
-            axes.plot(places, differences, "o", color=COLOURS[method], alpha=0.8, label=label)
-    for axes, label in zip(
-        panels, ("training step, x the frozen model's", "kept for the backward pass, MiB"), strict=True
-    ):
-        axes.set(xlabel=label, xscale="log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}")
-        axes.tick_params(axis="x", which="both", labelsize=8)
-        axes.axhline(0, color="#999", linewidth=1)
+        colour = COLOURS[method]
+        panels[0].plot(differences, [place] * len(differences), "o", color=colour, alpha=0.45, markersize=4)
+        panels[0].plot(statistics.median(differences), place, "|", color=colour, markersize=15, markeredgewidth=2.5)
+        panels[1].plot(sizes[method], place, "o", color=colour)
+        if method in ROWS:
+            panels[2].plot(rows[ROWS[method]]["step_ratio"], place, "o", color=colour)
+            panels[3].plot(rows[ROWS[method]]["saved_bytes"] / 2**20, place, "o", color=colour)
+    titles = (
+        "test beside LoRA r=8,\npoints",
+        "trained,\nMiniLM",
+        "training step,\nx the frozen one",
+        "kept for\nbackward, MiB",
+    )
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.25)
-    panels[0].set(ylabel="test beside LoRA r=8, points")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+        axes.tick_params(labelsize=9)
+    panels[0].axvline(0, color="#999", linewidth=1)
+    panels[0].set_yticks(range(len(methods)), methods)
+    for axes in panels[1:3]:
+        axes.set_xscale("log")
+    panels[1].set_xlim(panels[1].get_xlim()[0] / 2, panels[1].get_xlim()[1] * 2)
+    panels[2].set_xticks([1, 2, 4], ["1", "2", "4"])
+    panels[2].xaxis.set_minor_formatter(NullFormatter())
     return figure
 
 

@@ -39,6 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "surm-toeplitz": {"peft_type": "SURM", "structure": "toeplitz"},
     "surm-kronecker": {"peft_type": "SURM", "structure": "kronecker"},
     "surm-ldr": {"peft_type": "SURM", "structure": "ldr"},
+    "lora-r1": {"peft_type": "LORA", "r": 1},
     "lora-r8": {"peft_type": "LORA", "r": 8},
     "dora-r8": {"peft_type": "LORA", "r": 8, "use_dora": True},
     "ia3": {"peft_type": "IA3", "feedforward_modules": []},  # scales every output
