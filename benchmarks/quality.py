@@ -277,9 +277,10 @@ TASKS: dict[str, dict[str, Any]] = {
             "max_new_tokens": 8,
             "max_length": 128,
             "max_train_samples": 320,
-            "max_validation_samples": 200,
-            "max_test_samples": 800,
-        }
+            "max_validation_samples": 150,
+            "max_test_samples": 600,
+        },
+        "training": BY_LENGTH | {"bf16": True},
     },
     "social-choices": LANGUAGE
     | {
