@@ -1,7 +1,6 @@
 """What the pages take from the committed results: `{{ name(arguments) }}` in a page becomes a table or a number."""
 
 import ast
-import itertools
 import json
 import os
 import re
@@ -277,13 +276,13 @@ def quality_both() -> str:
     """Scales and Kronecker products together: test, and the differences to the better part, by validation, and to LoRA."""
     names = ("HyperAdapt", "SURM Kronecker", "HyperAdapt and Kronecker", "LoRA r=2", "LoRA r=8")
     lines = []
-    for task, label in itertools.product(quality_tasks(), ("", ", head at 0.016")):
-        one, other, both, *lora = (chosen(task).get(name + label, {}) for name in names)
+    for task in quality_tasks():
+        one, other, both, *lora = (chosen(task).get(name, {}) for name in names)
         if not both:
             continue
         better = max(one, other, key=lambda part: runs.mean(part, "validation"))
         line = [
-            task + label,
+            task,
             *(mean_and_error([run["test"] for run in seeds.values()]) for seeds in (one, other, both)),
         ]
         for reference in (better, *lora):

@@ -7,7 +7,7 @@ Of an update `dW` (n x m) with singular values s_1 >= s_2 >= ...:
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ..integrations.hub import auto_class
 from ..tuners.hyperadapt import HyperAdaptLayer
+from ..tuners.hyperadapt.experts import ParamWrapper
 
 
 def load(adapter: str | Path, base: str | None = None) -> PeftModel:
@@ -50,6 +51,8 @@ def load(adapter: str | Path, base: str | None = None) -> PeftModel:
 def inspect_adapter(model: PeftModel, adapter_name: str = "default") -> dict[str, dict[str, Any]]:
     """Module -> what its update is like; see `describe`, and for HyperAdapt the statistics of its scales.
 
+    A parameter of fused experts has an entry for each of them: `mlp.experts.gate_up_proj[0]`.
+
     Raises:
         ValueError: the method has no additive update of a weight.
     """
@@ -57,19 +60,32 @@ def inspect_adapter(model: PeftModel, adapter_name: str = "default") -> dict[str
     for name, module in model.get_base_model().named_modules():
         if not isinstance(module, BaseTunerLayer) or not hasattr(module, "get_delta_weight"):
             continue
+        if adapter_name not in module._get_available_adapters():
+            continue
+        layer, ours = cast(Any, module), isinstance(module, HyperAdaptLayer)
+        weight = layer.base_parameter if ours else layer.get_base_layer().weight
+        offsets = layer.get_offsets(adapter_name) if ours else (None, None)
         with torch.no_grad():
-            delta = cast(Any, module).get_delta_weight(adapter_name).float().flatten(1)
-            weight: Any = module.get_base_layer().weight
-        entry = describe(delta)
-        entry["relative_norm"] = float(delta.norm() / weight.float().norm())
-        if isinstance(module, HyperAdaptLayer):
-            sides = zip(("row", "column"), module.get_offsets(adapter_name), strict=True)
-            entry["scales"] = {side: _statistics(1 + offset) for side, offset in sides if offset is not None}
-        report[name] = entry
+            delta = layer.get_delta_weight(adapter_name).float()
+        key = f"{name.split('.base_layer')[0]}.{layer.parameter_name}" if isinstance(module, ParamWrapper) else name
+        if not ours or not layer.stack_shape:
+            report[key] = _entry(delta, weight, offsets)
+            continue
+        for i in range(len(delta)):
+            of_one = [None if offset is None else offset[i] for offset in offsets]
+            report[f"{key}[{i}]"] = _entry(delta[i], weight[i], of_one)
     if not report:
         method = PeftType(model.peft_config[adapter_name].peft_type).value
         raise ValueError(f"{method} has no update that is added to a weight")
     return report
+
+
+def _entry(delta: torch.Tensor, weight: torch.Tensor, offsets: Iterable[torch.Tensor | None]) -> dict[str, Any]:
+    entry = describe(delta.flatten(1))
+    entry["relative_norm"] = float(delta.norm() / weight.detach().float().norm())
+    sides = zip(("row", "column"), offsets, strict=True)
+    scales = {side: _statistics(1 + offset) for side, offset in sides if offset is not None}
+    return entry | ({"scales": scales} if scales else {})
 
 
 def describe(delta: torch.Tensor) -> dict[str, Any]:

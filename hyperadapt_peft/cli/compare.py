@@ -85,9 +85,13 @@ def load(path: str | Path) -> Comparison:
     for name, method in methods.items():
         _, values = comparison.recipe_of(name, method.learning_rates[0], comparison.seeds[0])
         try:
-            recipes.check(values)
+            checked = recipes.check(values)
         except RecipeError as error:
             raise RecipeError(f"methods.{name}: {error}") from error
+        if missing := {"validation", "test"} - checked.data.splits.keys():
+            raise RecipeError(
+                f"recipe.data.{min(missing)}_split: expected; a comparison chooses on one and shows the other"
+            )
     return comparison
 
 

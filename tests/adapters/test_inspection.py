@@ -1,11 +1,13 @@
 """`hyperadapt inspect`, against numpy and against the bounds that the algebra gives."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from hyperadapt_cli import main
 from hyperadapt_peft import HyperAdaptConfig, SurmConfig
@@ -83,6 +85,21 @@ def test_the_bound_on_a_weight_of_low_rank(sides, bound):
     model = get_peft_model(base, HyperAdaptConfig(sides=sides, init_weights=False))
     ranks = {entry["numerical_rank"] for entry in inspect_adapter(model).values()}
     assert ranks == {bound}  # min(2 rank(W), n, m) for two sides, rank(W) for one
+
+
+def test_an_entry_for_each_expert():
+    config = MixtralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, num_local_experts=3,
+    )  # fmt: skip
+    model = get_peft_model(MixtralForCausalLM(config), HyperAdaptConfig(init_weights=False))
+    report, module = inspect_adapter(model), "model.layers.0.mlp"
+    experts = model.get_submodule(f"base_model.model.{module}.experts").get_base_layer()
+    for parameter, i in itertools.product(("gate_up_proj", "down_proj"), range(3)):
+        entry = report[f"{module}.experts.{parameter}[{i}]"]
+        assert entry["shape"] == list(getattr(experts, parameter)[i].shape) and entry["numerical_rank"] > 16
+        assert entry["relative_norm"] > 0.1 and set(entry["scales"]) == {"row", "column"}
+    assert report[f"{module}.gate.weight"]["shape"] == [3, 32] and len(report) == 4 + 6 + 1
 
 
 def test_other_methods_and_a_head_of_another_size(tmp_path, capsys):

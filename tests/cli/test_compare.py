@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import yaml
@@ -132,4 +133,13 @@ def test_mistakes_are_told_before_anything_runs(comparison, tmp_path, changes, m
     with pytest.raises(RecipeError) as error:
         compare.load(comparison(**changes))
     assert message.split(",")[0] in str(error.value)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_both_splits_are_needed(split, comparison, recipe, tmp_path):
+    values = yaml.safe_load(Path(recipe()).read_text())
+    values["data"][f"{split}_split"] = None
+    with pytest.raises(RecipeError, match=f"recipe.data.{split}_split: expected"):
+        compare.load(comparison(recipe=values))
     assert not (tmp_path / "runs").exists()

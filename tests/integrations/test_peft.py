@@ -70,6 +70,13 @@ def test_reload_and_repeated_registration():
     assert result.returncode == 0, result.stderr
 
 
+def test_mixed_models_of_other_methods_take_the_names_that_they_took():
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"]), mixed=True)
+    for name in ("team/one", "weight"):
+        model.add_adapter(name, LoraConfig(target_modules=["0"]))
+    assert list(model.peft_config) == ["default", "team/one", "weight"]
+
+
 def test_threads_registering_at_once():
     result = fresh(
         """

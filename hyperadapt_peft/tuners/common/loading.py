@@ -148,10 +148,13 @@ class AtomicInjection(BaseTuner):
             ValueError: If the name is taken or cannot be a module's or a directory's, or the config does not fit the model.
         """
         config = self.peft_config[adapter_name]
+        if not isinstance(config, TargetConfig):  # another method's in a mixed model
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            return
         layer_cls = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)].tuner_layer_cls
         saved = getattr(config, "modules_to_save", None) or ()
         check_adapter_name(adapter_name, taken_names(model, layer_cls, saved))
-        if isinstance(config, TargetConfig) and config.trainable_before is not None and len(self.peft_config) == 1:
+        if config.trainable_before is not None and len(self.peft_config) == 1:
             config.trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
         try:
             with all_or_nothing(model):
