@@ -88,7 +88,8 @@ def test_the_readmes_numbers_are_those_of_the_results():
     text = re.sub(r"\s+", " ", README.read_text())
     bench = {row["method"]: f"{row['step_ratio']:.2f}" for row in hooks.read("bench/bench")["rows"]}
     assert f"A training step takes {bench['hyperadapt']} times" in text
-    assert f"(MiSS {bench['miss-r8']}, IA3 {bench['ia3']}, LoRA r=8 {bench['lora-r8']};" in text
+    others = f"LoRA r=1 {bench['lora-r1']}, MiSS {bench['miss-r8']}, IA3 {bench['ia3']}, LoRA r=8 {bench['lora-r8']}"
+    assert f"({others};" in text
     kept = {row["method"]: row["saved_bytes"] for row in hooks.read("bench/bench")["rows"]}
     assert f"keeps {kept['hyperadapt'] / kept['lora-r8']:.1f} times what LoRA r=8 keeps" in text
     assert f"for backward ({kept['hyperadapt-save-memory'] / kept['lora-r8']:.2f} with `save_memory=True`)" in text
@@ -157,3 +158,12 @@ def test_what_the_page_of_the_gpu_says_is_in_its_results():
         if row["measured"]
     ]
     assert 4e9 < min(beyond) and max(beyond) < 5e9  # "4 to 5 GB more than the plan says"
+
+
+def test_the_prose_on_little_data():
+    methods = hooks.chosen("cifar10")
+    sides = {
+        name: hooks.side(*hooks.difference(methods[f"{name}, 300 rows, 10 epochs"], methods["LoRA r=1, 300 rows, 10 epochs"]))
+        for name in ("HyperAdapt", "SURM Kronecker")
+    }  # fmt: skip
+    assert sides == {"HyperAdapt": "ahead", "SURM Kronecker": "level"}

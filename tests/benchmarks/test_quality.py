@@ -46,8 +46,12 @@ def test_given_rates_have_all_seeds_and_no_others_run():
     assert [(run["learning_rate"], run["seed"]) for run in runs] == [(1e-4, 0), (2e-4, 0), (1e-4, 1), (2e-4, 1)]
 
 
-# where the search is not done, and what is missing
-UNFINISHED: set[tuple[str, str]] = set()
+# whose searches are not done
+UNFINISHED = {
+    *((task, "LoRA r=8") for task in ("claims", "social-choices", "word-problems")),  # which taught it nothing
+    *(("sums", method) for method in ("C3A", "MiSS r=1")),
+    ("tweets", "C3A"),
+}
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS if file_of(task).exists()])
