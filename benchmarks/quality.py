@@ -128,7 +128,6 @@ OTHER_RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "3 epochs": {"training": {"num_train_epochs": 3}},
     "3 epochs, head at 0.004": {"training": {"num_train_epochs": 3, "head_learning_rate": 4e-3}},
-    "10 epochs": {"training": {"num_train_epochs": 10}},
     "300 rows, 10 epochs": {"data": {"max_train_samples": 300}, "training": {"num_train_epochs": 10}},
 }
 CANDIDATES = (

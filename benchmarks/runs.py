@@ -20,6 +20,16 @@ def mean(seeds: Seeds, split: str) -> float:
     return statistics.mean(run[split] for run in seeds.values())
 
 
+def trained(seeds: Seeds) -> int:
+    """How many parameters a method trains outside the head."""
+    return next(iter(seeds.values()))["trainable_outside_head"]
+
+
+def differences(ours: Seeds, theirs: Seeds) -> list[float]:
+    """The differences on test, in points, of the seeds that both have."""
+    return [100 * (ours[seed]["test"] - theirs[seed]["test"]) for seed in ours.keys() & theirs.keys()]
+
+
 def best_rate(rates: dict[float, Seeds]) -> float:
     """The rate with the best mean validation score over the seeds it has; of equals the lowest."""
     return max(rates, key=lambda rate: mean(rates[rate], "validation"))

@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from benchmarks.runs import Seeds, chosen
+from benchmarks.runs import Seeds, chosen, differences, trained
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,7 +45,7 @@ def draw_size(tasks: dict[str, dict[str, Seeds]]) -> Figure:
         for method, runs in methods.items():
             scores = [100 * run["test"] for run in runs.values()]
             error = statistics.stdev(scores) / len(scores) ** 0.5
-            size = next(iter(runs.values()))["trainable_outside_head"]
+            size = trained(runs)
             if method == "LoRA r=1":  # of HyperAdapt's size: beside it, not under it
                 size *= 1.2
             axes.errorbar(
@@ -71,19 +71,19 @@ def draw_size(tasks: dict[str, dict[str, Seeds]]) -> Figure:
 
 def draw_cost(tasks: dict[str, dict[str, Seeds]], rows: dict[str, dict[str, Any]]) -> Figure:
     """A line for each method, those of few parameters first: quality, size and what a step costs, side by side."""
-    sizes = {method: next(iter(runs.values()))["trainable_outside_head"] for method, runs in tasks[TEXT].items()}
+    sizes = {method: trained(runs) for method, runs in tasks[TEXT].items()}
     methods = sorted(COLOURS.keys() & sizes.keys(), key=lambda method: -sizes[method])
     figure = Figure(figsize=(8, 0.3 * len(methods) + 1.3), dpi=150, layout="constrained")
     panels = figure.subplots(1, 4, sharey=True, width_ratios=(3, 2, 2, 2))
     for place, method in enumerate(methods):
-        pairs = [(found[method], found["LoRA r=8"]) for found in tasks.values() if method in found]
-        differences = [  # of the seeds that both have
-            statistics.mean(100 * (ours[seed]["test"] - lora[seed]["test"]) for seed in ours.keys() & lora.keys())
-            for ours, lora in pairs
+        points = [
+            statistics.mean(differences(found[method], found["LoRA r=8"]))
+            for found in tasks.values()
+            if method in found
         ]
         colour = COLOURS[method]
-        panels[0].plot(differences, [place] * len(differences), "o", color=colour, alpha=0.45, markersize=4)
-        panels[0].plot(statistics.median(differences), place, "|", color=colour, markersize=15, markeredgewidth=2.5)
+        panels[0].plot(points, [place] * len(points), "o", color=colour, alpha=0.45, markersize=4)
+        panels[0].plot(statistics.median(points), place, "|", color=colour, markersize=15, markeredgewidth=2.5)
         panels[1].plot(sizes[method], place, "o", color=colour)
         if method in ROWS:
             panels[2].plot(rows[ROWS[method]]["step_ratio"], place, "o", color=colour)

@@ -122,14 +122,9 @@ def chosen(task: str) -> dict[str, dict[int, dict[str, Any]]]:
     return runs.chosen(read(f"quality/{task}")["runs"])
 
 
-def differences(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) -> list[float]:
-    """The differences on test, in points, of the seeds that both have."""
-    return [100 * (ours[seed]["test"] - theirs[seed]["test"]) for seed in ours.keys() & theirs.keys()]
-
-
 def difference(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) -> tuple[float, float] | None:
     """`interval` of the differences on test, of the seeds that both have."""
-    return interval(differences(ours, theirs))
+    return interval(runs.differences(ours, theirs))
 
 
 def intervals(method: str, reference: str) -> dict[str, tuple[float, float]]:
@@ -186,7 +181,7 @@ def quality_summary(method: str) -> str:
     """
     tasks = {task: chosen(task) for task in quality_tasks()}
     pairs = [(task, reference) for task in tasks for reference in ("LoRA r=1", "LoRA r=8")]
-    found = {(task, name): differences(tasks[task][method], tasks[task][name]) for task, name in pairs}
+    found = {(task, name): runs.differences(tasks[task][method], tasks[task][name]) for task, name in pairs}
     certain = holm({pair: ttest_1samp(points, 0).pvalue for pair, points in found.items()})
     lines: dict[str, list[str]] = {task: [task] for task in tasks}
     for pair, points in found.items():
@@ -212,7 +207,7 @@ def quality_standings(reference: str) -> str:
         sides = [
             ", ".join(task for task, pair in found.items() if side(*pair) == which) for which in ("ahead", "behind")
         ]
-        trained = _trained(seeds)
+        trained = runs.trained(seeds)
         lines.append((means[0], [method, f"{trained:,}", len(found), *(f"{mean:+.1f}" for mean in means), *sides]))
     header = ["method", "trained, MiniLM", "tasks", f"beside {reference}, points", "without syllogisms"]
     return table([*header, "ahead on", "behind on"], [line for _, line in sorted(lines, key=lambda item: -item[0])])
@@ -323,17 +318,13 @@ def best_by_size() -> str:
     lines = []
     for task in quality_tasks():
         methods = {name: seeds for name, seeds in chosen(task).items() if len(seeds) > 1 and ", " not in name}
-        whole, line = _trained(methods["LoRA r=8"]), [task]
+        whole, line = runs.trained(methods["LoRA r=8"]), [task]
         for share in shares.values():
-            fitting = [name for name, seeds in methods.items() if _trained(seeds) <= share * whole]
+            fitting = [name for name, seeds in methods.items() if runs.trained(seeds) <= share * whole]
             best = max(fitting, key=lambda name: runs.mean(methods[name], "validation"))
             line.append(f"{best}: {mean_and_error([run['test'] for run in methods[best].values()])}")
         lines.append(line)
     return table(["task", *(f"at most {share} of LoRA r=8" for share in shares)], lines, left=4)
-
-
-def _trained(seeds: dict[int, dict[str, Any]]) -> int:
-    return next(iter(seeds.values()))["trainable_outside_head"]
 
 
 def known_update() -> str:

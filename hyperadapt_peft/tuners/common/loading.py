@@ -152,7 +152,7 @@ class AtomicInjection(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
         layer_cls = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)].tuner_layer_cls
-        saved = getattr(config, "modules_to_save", None) or ()
+        saved = config.modules_to_save or ()
         check_adapter_name(adapter_name, taken_names(model, layer_cls, saved))
         if config.trainable_before is not None and len(self.peft_config) == 1:
             config.trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
